@@ -1,0 +1,51 @@
+// SHA-256 (through OpenSSL) and CRC32C (no library of Debian's offers it; SSE4.2 or a table) as values.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+
+namespace memory3 {
+
+struct Hash256 {
+  std::array<uint8_t, 32> bytes{};
+
+  bool operator==(const Hash256&) const = default;
+  auto operator<=>(const Hash256&) const = default;
+  bool is_zero() const { return *this == Hash256{}; }
+  std::string ToHex() const;  // 64 lower-case digits
+  std::string_view view() const { return {reinterpret_cast<const char*>(bytes.data()), bytes.size()}; }
+  static absl::StatusOr<Hash256> FromHex(std::string_view hex);
+  static absl::StatusOr<Hash256> FromBytes(std::string_view bytes);  // exactly 32
+
+  template <typename H>
+  friend H AbslHashValue(H h, const Hash256& v) {
+    return H::combine(std::move(h), v.bytes);
+  }
+};
+
+// Streaming SHA-256. Not copyable; one thread.
+class Sha256 {
+ public:
+  Sha256();
+  ~Sha256();
+  Sha256(const Sha256&) = delete;
+  Sha256& operator=(const Sha256&) = delete;
+  void Update(std::string_view data);
+  // u64 little endian length, then the bytes: the framing of every identity in memory3.
+  void UpdateLengthPrefixed(std::string_view data);
+  Hash256 Finish();
+
+ private:
+  void* context_;
+};
+Hash256 Sha256Of(std::string_view data);
+
+// CRC32C (Castagnoli) of `data`, continuing from `crc` (0 to start).
+uint32_t Crc32c(std::string_view data, uint32_t crc = 0);
+
+}  // namespace memory3
