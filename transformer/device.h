@@ -233,6 +233,11 @@ class Device {
   // the bf16 copy where `shadow` is not null.
   virtual void AdamWStep(float* parameter, void* shadow, const float* gradient, float* m, float* v, int64_t n,
                          const AdamW& options, float gradient_scale) = 0;
+
+ private:
+  friend class Buffer;
+  // Frees what Allocate gave; called when a Buffer dies, from any thread.
+  virtual void Free(void* data) = 0;
 };
 
 struct CpuDeviceOptions {
