@@ -117,6 +117,30 @@ absl::Status CheckModelShape(const ModelConfig& c) {
   return absl::OkStatus();
 }
 
+absl::Status CheckExplicitMemory(const ModelConfig& c, const ExplicitMemoryConfig& m) {
+  auto error = [](auto&&... parts) {
+    return absl::InvalidArgumentError(absl::StrCat("explicit_memory.", parts...));
+  };
+  if (m.memory_layers.empty()) return error("memory_layers is empty");
+  for (size_t i = 0; i < m.memory_layers.size(); ++i) {
+    const int layer = m.memory_layers[i];
+    if (layer < 0 || layer >= c.layers || (i > 0 && layer <= m.memory_layers[i - 1])) {
+      return error("memory_layers: ", layer, " is out of range or order, layers: ", c.layers);
+    }
+  }
+  if (m.tokens_kept < 1) return error("tokens_kept is ", m.tokens_kept);
+  if (m.reference_tokens < 1) return error("reference_tokens is ", m.reference_tokens);
+  if (m.chunk_tokens < 1) return error("chunk_tokens is ", m.chunk_tokens);
+  if (m.prefix_token_ids.empty()) return error("prefix_token_ids is empty");
+  const int64_t before_context = int64_t{m.reference_tokens} + m.prefix_token_ids.size();
+  if (before_context >= c.max_position_embeddings) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_position_embeddings is ", c.max_position_embeddings,
+                     ", prefix and references alone take ", before_context));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::shared_ptr<const Model>> Model::Load(Device* device, const ModelConfig& c,
                                                          const TensorSource& source,
                                                          WeightFormat format) {

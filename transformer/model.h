@@ -71,6 +71,9 @@ class Model {
 
 // INVALID_ARGUMENT naming the field where the shape cannot be computed with.
 absl::Status CheckModelShape(const ModelConfig& config);
+// The same for a geometry of memories on that model: layers within it, nothing empty, prefix and
+// references before max_position_embeddings.
+absl::Status CheckExplicitMemory(const ModelConfig& config, const ExplicitMemoryConfig& memory);
 
 // Gaussian weights (standard deviation 0.02 for matrices unless given, norms around 1), the same
 // for a name and seed whatever is read in which order. For tests, benchmarks and a fresh model.

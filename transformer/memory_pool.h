@@ -1,0 +1,63 @@
+// Explicit memories on the device: numbered slots of [memory_layers][K, V][kv_heads][tokens_kept]
+// [head_dim] that attention reads in place. A memory that two sequences use is loaded once and read
+// by both through its slot number; a short reference fills a slot in part.
+//
+// Which memory is in which slot, and when a slot may be overwritten, is the caller's to know (the
+// inference server's memory cache): Load and Unload must not touch a slot that a forward pass in
+// progress reads.
+//
+// Thread-safety: Load and Unload from any thread, for different slots at once, beside the engine
+// thread's forward passes.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "memory/explicit_memory.h"
+#include "transformer/config.h"
+#include "transformer/device.h"
+#include "transformer/tensor.h"
+
+namespace memory3 {
+
+class MemoryPool {
+ public:
+  // Default tokens per slot: memory.tokens_kept, at most memory.reference_tokens. INVALID_ARGUMENT:
+  // slots < 0, another dtype than f32 and bf16. RESOURCE_EXHAUSTED: device full.
+  static absl::StatusOr<std::unique_ptr<MemoryPool>> Create(Device* device,
+                                                            const ModelConfig& config,
+                                                            const ExplicitMemoryConfig& memory,
+                                                            DType dtype, int slots);
+
+  // Copies `memory` into `slot` and returns when it is there. INVALID_ARGUMENT: no such slot, or
+  // the memory's shape is not the pool's (names both).
+  absl::Status Load(int slot, const ExplicitMemory& memory);
+  // Attending to the slot is an error until the next Load.
+  void Unload(int slot);
+
+  int slots() const { return slots_; }
+  // Tokens per KV head in the slot, 0: nothing is loaded.
+  int tokens(int slot) const { return tokens_[slot].load(std::memory_order_acquire); }
+  void* data(int slot) const { return storage_.as<char>() + slot * slot_bytes_; }
+  int64_t slot_bytes() const { return slot_bytes_; }
+  // The largest memory a slot holds.
+  const MemoryShape& slot_shape() const { return shape_; }
+  // A block of it starts at data(slot) and has tokens(slot) tokens.
+  const KvSource& source() const { return source_; }
+
+ private:
+  MemoryPool() = default;
+
+  Device* device_ = nullptr;
+  Buffer storage_;
+  KvSource source_;
+  MemoryShape shape_;
+  int64_t slot_bytes_ = 0;
+  int slots_ = 0;
+  std::unique_ptr<std::atomic<int>[]> tokens_;
+};
+
+}  // namespace memory3
