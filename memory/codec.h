@@ -1,6 +1,6 @@
 // How a memory's numbers become bytes: f32, bf16, int8 (one scale a vector) and vq (the paper's
-// OPQ{d/4}_{d},Residual2x14,PQ8x10, 14 bytes a vector). A codec works on vectors of head_dim numbers;
-// the record (record.h) adds everything around them. docs/formats.md has the bytes.
+// OPQ{d/4}_{d},Residual2x14,PQ8x10, 14 bytes a vector). A codec works on vectors of head_dim
+// numbers; the record (record.h) adds everything around them. docs/formats.md has the bytes.
 //
 // Thread-safety: a Codec is immutable; all methods from any thread.
 #pragma once
@@ -11,6 +11,7 @@
 #include <string>
 #include <string_view>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "memory/hash.h"
 
@@ -29,17 +30,22 @@ class Codec {
   // SHA-256 of the codebook; all zero for codecs without one.
   virtual const Hash256& codebook_hash() const = 0;
   virtual int64_t bytes_per_vector() const = 0;
-  // vectors: n*head_dim floats; out: n*bytes_per_vector() bytes. INVALID_ARGUMENT on NaN or infinity
-  // (names the vector) and on wrong sizes.
+  // vectors: n*head_dim floats; out: n*bytes_per_vector() bytes. INVALID_ARGUMENT on NaN or
+  // infinity (names the vector) and on wrong sizes.
   virtual absl::Status Encode(std::span<const float> vectors, std::span<uint8_t> out) const = 0;
   // The inverse. Any bytes decode to finite numbers or give DATA_LOSS.
   virtual absl::Status Decode(std::span<const uint8_t> bytes, std::span<float> vectors) const = 0;
 };
 
+// head_dim >= 1. vq: memory/vq_codec.h, and MakeCodec there for any of them.
 std::unique_ptr<Codec> MakeF32Codec(int head_dim);
 std::unique_ptr<Codec> MakeBF16Codec(int head_dim);
 std::unique_ptr<Codec> MakeInt8Codec(int head_dim);
-// `codebook`: the bytes of a codebook file (memory/vq_codebook.h).
-absl::StatusOr<std::unique_ptr<Codec>> MakeVqCodec(std::string_view codebook);
+
+// For codecs. INVALID_ARGUMENT unless `values` numbers and `bytes` bytes are the same number of
+// vectors.
+absl::Status CheckCodecSizes(const Codec& codec, size_t values, size_t bytes);
+// INVALID_ARGUMENT names the first vector of `head_dim` numbers that holds NaN or infinity.
+absl::Status CheckFinite(std::span<const float> vectors, int head_dim);
 
 }  // namespace memory3

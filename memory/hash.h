@@ -1,4 +1,5 @@
-// SHA-256 (through OpenSSL) and CRC32C (no library of Debian's offers it; SSE4.2 or a table) as values.
+// SHA-256 (through OpenSSL) and CRC32C (no library of Debian's offers it; SSE4.2 or a table) as
+// values.
 #pragma once
 
 #include <array>
@@ -18,7 +19,9 @@ struct Hash256 {
   auto operator<=>(const Hash256&) const = default;
   bool is_zero() const { return *this == Hash256{}; }
   std::string ToHex() const;  // 64 lower-case digits
-  std::string_view view() const { return {reinterpret_cast<const char*>(bytes.data()), bytes.size()}; }
+  std::string_view view() const {
+    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+  }
   static absl::StatusOr<Hash256> FromHex(std::string_view hex);
   static absl::StatusOr<Hash256> FromBytes(std::string_view bytes);  // exactly 32
 
@@ -45,7 +48,12 @@ class Sha256 {
 };
 Hash256 Sha256Of(std::string_view data);
 
-// CRC32C (Castagnoli) of `data`, continuing from `crc` (0 to start).
+// CRC32C (Castagnoli, RFC 3720 B.4) of `data`, continuing from `crc` (0 to start): the hardware's
+// instruction where the CPU has it.
 uint32_t Crc32c(std::string_view data, uint32_t crc = 0);
+
+namespace internal {
+uint32_t Crc32cPortable(std::string_view data, uint32_t crc);  // the same by tables; for tests
+}  // namespace internal
 
 }  // namespace memory3
