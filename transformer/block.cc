@@ -56,14 +56,19 @@ void BlockAttention(const Model& model, int layer, const PreparedBatch& batch,
   device.MatMul(a.x_mid, a.attention, *model.layer(layer).out, /*accumulate=*/true);
 }
 
-void BlockMlp(const Model& model, int layer, const LayerActivations& a) {
+void BlockMlpHidden(const Model& model, int layer, const LayerActivations& a) {
   Device& device = model.device();
   const LayerWeights& w = model.layer(layer);
   device.RmsNorm(a.mlp_in, a.x_mid, w.mlp_norm, model.config().rms_norm_eps, a.mlp_inv_rms);
   device.MatMul(a.gate_up, a.mlp_in, *w.gate_up, /*accumulate=*/false);
   device.SiluMul(a.hidden, a.gate_up);
+}
+
+void BlockMlp(const Model& model, int layer, const LayerActivations& a) {
+  Device& device = model.device();
+  BlockMlpHidden(model, layer, a);
   CopyRows(device, a.y, a.x_mid);
-  device.MatMul(a.y, a.hidden, *w.down, /*accumulate=*/true);
+  device.MatMul(a.y, a.hidden, *model.layer(layer).down, /*accumulate=*/true);
 }
 
 void BlockForward(const Model& model, int layer, const PreparedBatch& batch,
@@ -72,6 +77,47 @@ void BlockForward(const Model& model, int layer, const PreparedBatch& batch,
   BlockRope(model, batch, a);
   BlockAttention(model, layer, batch, place, a);
   BlockMlp(model, layer, a);
+}
+
+void BlockMlpBackward(const Model& model, int layer, const LayerActivations& a,
+                      const LayerGradients& w, const BackwardActivations& g) {
+  Device& device = model.device();
+  const LayerWeights& weights = model.layer(layer);
+  device.MatMulBackwardInput(g.hidden, g.stream, *weights.down, /*accumulate=*/false);
+  device.MatMulBackwardWeight(w.down, g.stream, a.hidden);
+  device.SiluMulBackward(g.gate_up, g.hidden, a.gate_up);
+  device.MatMulBackwardInput(g.norm_out, g.gate_up, *weights.gate_up, /*accumulate=*/false);
+  device.MatMulBackwardWeight(w.gate_up, g.gate_up, a.mlp_in);
+  // The residual path is the stream itself; the norm's path is added to it.
+  device.RmsNormBackward(g.stream, w.mlp_norm, g.norm_out, a.x_mid, weights.mlp_norm,
+                         a.mlp_inv_rms);
+}
+
+void BlockAttentionBackward(const Model& model, int layer, const PreparedBatch& batch,
+                            const BlockPlace& place, const LayerActivations& a,
+                            const LayerGradients& w, const BackwardActivations& g) {
+  Device& device = model.device();
+  const ModelConfig& c = model.config();
+  device.MatMulBackwardInput(g.attention, g.stream, *model.layer(layer).out,
+                             /*accumulate=*/false);
+  device.MatMulBackwardWeight(w.out, g.stream, a.attention);
+  device.AttentionBackward(QueryOf(c, g.qkv), g.attention, a.attention, QueryOf(c, a.qkv), batch,
+                           place.source_layer, model.attention_shape(), a.lse);
+}
+
+void BlockQkvBackward(const Model& model, int layer, const PreparedBatch& batch,
+                      const LayerActivations& a, const LayerGradients& w,
+                      const BackwardActivations& g) {
+  Device& device = model.device();
+  const ModelConfig& c = model.config();
+  const LayerWeights& weights = model.layer(layer);
+  const int turned = c.heads + c.kv_heads;
+  device.Rope(g.qkv.Cols(0, int64_t{turned} * c.head_dim), batch, model.inv_freq(), turned,
+              c.head_dim, /*inverse=*/true);
+  device.MatMulBackwardInput(g.norm_out, g.qkv, *weights.qkv, /*accumulate=*/false);
+  device.MatMulBackwardWeight(w.qkv, g.qkv, a.attention_in);
+  device.RmsNormBackward(g.stream, w.attention_norm, g.norm_out, a.x, weights.attention_norm,
+                         a.attention_inv_rms);
 }
 
 absl::StatusOr<ActivationBuffers> ActivationBuffers::Create(const Model& model, int max_rows) {

@@ -70,10 +70,51 @@ void BlockRope(const Model& model, const PreparedBatch& batch, const LayerActiva
 void BlockAttention(const Model& model, int layer, const PreparedBatch& batch,
                     const BlockPlace& place, const LayerActivations& a);
 void BlockMlp(const Model& model, int layer, const LayerActivations& a);
+// BlockMlp as far as a.hidden: all that backward reads, where activations are computed again.
+void BlockMlpHidden(const Model& model, int layer, const LayerActivations& a);
 
 // All of them: y from x.
 void BlockForward(const Model& model, int layer, const PreparedBatch& batch,
                   const BlockPlace& place, const LayerActivations& a);
+
+// ---- backward ----
+
+// Where the gradients of one layer's weights are added: f32, shaped as LayerWeights.
+struct LayerGradients {
+  float* attention_norm = nullptr;
+  Tensor qkv;
+  Tensor out;
+  float* mlp_norm = nullptr;
+  Tensor gate_up;
+  Tensor down;
+};
+
+// What a block's backward computes on; one set for all layers.
+struct BackwardActivations {
+  // [rows, D] f32: the gradient of the residual stream, d loss / d y before and d loss / d x after.
+  Tensor stream;
+  Tensor norm_out;   // [rows, D]: gradient of attention_in and of mlp_in
+  Tensor qkv;        // [rows, (H + 2G) d] f32; the live blocks' `gradient` points here
+  Tensor attention;  // [rows, H d]
+  Tensor gate_up;    // [rows, 2M]
+  Tensor hidden;     // [rows, M]
+};
+
+// BlockForward's parts in reverse order; `a` holds what forward left, views of the rows it had.
+// Between BlockAttentionBackward and BlockQkvBackward, g.qkv holds the gradients of rotated queries
+// and keys and of values: what flows back through kept keys and values (Device::ScatterKept) is
+// added there.
+void BlockMlpBackward(const Model& model, int layer, const LayerActivations& a,
+                      const LayerGradients& w, const BackwardActivations& g);
+// Adds to the `gradient` of the plan's blocks. Keys and values of g.qkv, and whatever other memory
+// the blocks' gradients are, have been zeroed by the caller; g.qkv's queries are overwritten.
+void BlockAttentionBackward(const Model& model, int layer, const PreparedBatch& batch,
+                            const BlockPlace& place, const LayerActivations& a,
+                            const LayerGradients& w, const BackwardActivations& g);
+// Turns g.qkv back, then through W_qkv and the norm.
+void BlockQkvBackward(const Model& model, int layer, const PreparedBatch& batch,
+                      const LayerActivations& a, const LayerGradients& w,
+                      const BackwardActivations& g);
 
 // One set of activations for up to `max_rows` rows, used by every layer in turn, as inference does
 // it.
