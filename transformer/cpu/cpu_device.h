@@ -138,7 +138,9 @@ class CpuDevice final : public Device {
   const CpuKernels& kernels_;
   std::vector<std::unique_ptr<CpuPreparedBatch>> prepared_;  // by slot
   Buffer scratch_;
-  // Rope's table: for position p, cos then sin of p * rope_inv_freq_[i]; grows with the positions.
+  // Rope's table for the rows of the batch it was last called with: cos then sin of
+  // position * inv_freq, [rows, 2, head_dim/2]. Made anew when positions or frequencies differ.
+  std::vector<int32_t> rope_positions_;
   std::vector<float> rope_inv_freq_;
   std::vector<float> rope_table_;
 };
