@@ -27,20 +27,24 @@ std::string ProcField(const char* file, std::string_view key) {
 }  // namespace
 
 std::string MachineName() {
-  const double gib = std::strtod(ProcField("/proc/meminfo", "MemTotal").c_str(), nullptr) / (1 << 20);
+  const double gib =
+      std::strtod(ProcField("/proc/meminfo", "MemTotal").c_str(), nullptr) / (1 << 20);
   char tail[64];
-  std::snprintf(tail, sizeof tail, ", %u cores, %.0f GiB", std::thread::hardware_concurrency(), gib);
+  std::snprintf(tail, sizeof tail, ", %u cores, %.0f GiB", std::thread::hardware_concurrency(),
+                gib);
   return ProcField("/proc/cpuinfo", "model name") + tail;
 }
 
-void BenchReport::Add(std::string_view metric, double value, std::string_view unit, std::string_view target) {
+void BenchReport::Add(std::string_view metric, double value, std::string_view unit,
+                      std::string_view target) {
   rows_.push_back({std::string(metric), value, std::string(unit), std::string(target)});
 }
 
 int BenchReport::Write(std::string_view directory) const {
   std::printf("%s on %s\n", name_.c_str(), MachineName().c_str());
   for (const Row& row : rows_) {
-    std::printf("  %-44s %14.4g %-12s %s\n", row.metric.c_str(), row.value, row.unit.c_str(), row.target.c_str());
+    std::printf("  %-44s %14.4g %-12s %s\n", row.metric.c_str(), row.value, row.unit.c_str(),
+                row.target.c_str());
   }
   for (const std::string& note : notes_) std::printf("  note: %s\n", note.c_str());
 

@@ -20,11 +20,12 @@ class BenchReport {
   explicit BenchReport(std::string name) : name_(std::move(name)) {}
 
   // `unit` and `target` are for the table only ("tokens/s", ">= 0.75").
-  void Add(std::string_view metric, double value, std::string_view unit = "", std::string_view target = "");
+  void Add(std::string_view metric, double value, std::string_view unit = "",
+           std::string_view target = "");
   // A line under the table: what was left out, and why.
   void Note(std::string note) { notes_.push_back(std::move(note)); }
-  // Prints the table and writes `directory`/NAME.json (atomically). Returns the process's exit code:
-  // 1 where the file cannot be written, with a message on stderr.
+  // Prints the table and writes `directory`/NAME.json (atomically). Returns the process's exit
+  // code: 1 where the file cannot be written, with a message on stderr.
   int Write(std::string_view directory = "build/bench") const;
 
  private:

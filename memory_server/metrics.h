@@ -1,0 +1,47 @@
+// What the memory server tells Prometheus. Names follow its conventions: base units, _total on
+// counters.
+//
+// Thread-safety: all methods from any thread.
+#pragma once
+
+#include <prometheus/counter.h>
+#include <prometheus/gauge.h>
+#include <prometheus/histogram.h>
+#include <prometheus/registry.h>
+
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "memory_server/memory_store.h"
+
+namespace memory3 {
+
+class MemoryServerMetrics {
+ public:
+  // Gauges of the store (entries, records, disk and index bytes, writable) are read at each scrape.
+  explicit MemoryServerMetrics(MemoryStore* store);
+
+  void CountRequest(const std::string& method, const absl::Status& status, absl::Duration took);
+  void CountRetrieve(uint64_t queries, uint64_t hits, uint64_t held_hits, uint64_t record_bytes);
+  void StreamOpened() { streams_.Increment(); }
+  void StreamClosed() { streams_.Decrement(); }
+  uint32_t open_streams() const { return static_cast<uint32_t>(streams_.Value()); }
+
+  const std::shared_ptr<prometheus::Registry>& registry() const { return registry_; }
+  const std::shared_ptr<prometheus::Collectable>& store_gauges() const { return store_gauges_; }
+
+ private:
+  std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
+  std::shared_ptr<prometheus::Collectable> store_gauges_;
+  prometheus::Family<prometheus::Counter>& requests_;
+  prometheus::Family<prometheus::Histogram>& seconds_;
+  prometheus::Counter& queries_;
+  prometheus::Counter& hits_;
+  prometheus::Counter& held_hits_;
+  prometheus::Counter& record_bytes_;
+  prometheus::Gauge& streams_;
+};
+
+}  // namespace memory3

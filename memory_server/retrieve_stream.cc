@@ -1,0 +1,389 @@
+#include "memory_server/retrieve_stream.h"
+
+#include <grpcpp/impl/codegen/proto_utils.h>
+
+#include <algorithm>
+#include <list>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/str_cat.h"
+#include "memory_server/conversions.h"
+#include "memory_server/held_records.h"
+#include "memory_server/retrieve_wire.h"
+#include "serving/status.h"
+
+namespace memory3 {
+namespace {
+
+// A message stays below gRPC's default limit of 4 MiB, hits and framing included where they are not
+// huge.
+constexpr int64_t kMessageBytes = 3 * kMaxPieceBytes;
+// Records read from the store, and pinned, at a time.
+constexpr int64_t kReadAheadBytes = 8 * kMaxPieceBytes;
+// Versions a stream keeps readable.
+constexpr size_t kMaxPins = 64;
+
+// The versions this stream read last, by knowledge base name (or alias) and version asked for.
+class Pins {
+ public:
+  absl::StatusOr<std::shared_ptr<const VersionPin>> Get(MemoryStore* store,
+                                                        const Identity& identity,
+                                                        const v1::RetrieveRequest& request) {
+    std::optional<uint64_t> version;
+    if (request.has_version()) version = request.version();
+    if (version) {
+      for (auto it = pins_.begin(); it != pins_.end(); ++it) {
+        if (it->asked == request.knowledge_base() && it->pin->version() == *version) {
+          pins_.splice(pins_.begin(), pins_, it);
+          return pins_.front().pin;
+        }
+      }
+    }
+    absl::StatusOr<std::shared_ptr<const VersionPin>> pin =
+        store->Pin(identity.tenant, request.knowledge_base(), version);
+    if (!pin.ok()) {
+      // What may not be read is not known to be there either.
+      const absl::Status allowed = identity.Require(Right::kRead, request.knowledge_base());
+      return allowed.ok() ? pin.status() : allowed;
+    }
+    if (absl::Status allowed = identity.Require(Right::kRead, (*pin)->knowledge_base());
+        !allowed.ok()) {
+      return allowed;
+    }
+    if (!version) {  // the published version: it replaces the one read before
+      pins_.remove_if(
+          [&](const Pinned& p) { return p.asked == request.knowledge_base() && p.published; });
+    }
+    pins_.push_front({request.knowledge_base(), !version.has_value(), *pin});
+    if (pins_.size() > kMaxPins) pins_.pop_back();
+    return *pin;
+  }
+  void Forget(const std::shared_ptr<const VersionPin>& pin) {
+    pins_.remove_if([&](const Pinned& p) { return p.pin == pin; });
+  }
+
+ private:
+  struct Pinned {
+    std::string asked;
+    bool published;
+    std::shared_ptr<const VersionPin> pin;
+  };
+  std::list<Pinned> pins_;  // last read first
+};
+
+}  // namespace
+
+class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer> {
+ public:
+  Stream(RetrieveStreams* streams, Identity identity)
+      : streams_(streams), identity_(std::move(identity)), held_(streams->options_.held_limit) {
+    streams_->metrics_->StreamOpened();
+  }
+
+  void Start() { StartRead(&incoming_); }
+
+  // Ends the stream now if it waits for a request, else when the answer is written.
+  void Drain() {
+    {
+      absl::MutexLock lock(&mutex_);
+      draining_ = true;
+      if (busy_ || finished_) return;
+      finished_ = true;
+    }
+    Finish(ToGrpc(absl::UnavailableError("the server is shutting down")));
+  }
+
+ private:
+  void OnReadDone(bool ok) override {
+    {
+      absl::MutexLock lock(&mutex_);
+      if (finished_) return;
+      if (!ok) {
+        finished_ = true;
+      } else {
+        busy_ = true;
+      }
+    }
+    if (!ok) {
+      Finish(grpc::Status::OK);
+    } else {
+      streams_->executor_.Run([this] { BeginAnswer(); });
+    }
+  }
+
+  void OnWriteDone(bool ok) override {
+    if (!ok) {
+      End(absl::CancelledError("the client went away"));
+    } else if (answer_.complete) {
+      EndAnswer();
+    } else {
+      streams_->executor_.Run([this] { ContinueAnswer(); });
+    }
+  }
+
+  void OnDone() override {
+    {
+      absl::MutexLock lock(&streams_->mutex_);
+      streams_->open_.erase(this);
+    }
+    streams_->metrics_->StreamClosed();
+    delete this;
+  }
+
+  // What remains to be sent of the answer under way.
+  struct Answer {
+    v1::RetrieveResponse head;  // of the next message
+    std::shared_ptr<const RecordReader> records;
+    std::vector<std::pair<RecordId, uint64_t>> to_read;  // id, bytes; in order
+    size_t next_to_read = 0;
+    std::vector<WirePiece> ready;  // read and cut, not sent
+    size_t next_ready = 0;
+    bool complete = false;
+    absl::Status status;
+    absl::Time begun;
+    uint64_t queries = 0, hits = 0, held_hits = 0, bytes = 0;
+  };
+
+  void BeginAnswer() {
+    answer_ = {};
+    answer_.begun = absl::Now();
+    v1::RetrieveRequest request;
+    if (grpc::Status parsed =
+            grpc::GenericDeserialize<grpc::ProtoBufferReader, v1::RetrieveRequest>(&incoming_, &request);
+        !parsed.ok()) {
+      End(absl::InvalidArgumentError("the message is no RetrieveRequest"));
+      return;
+    }
+    answer_.head.set_request_id(request.request_id());
+    if (!greeted_) answer_.head.set_held_limit(streams_->options_.held_limit);
+    greeted_ = true;
+    if (absl::Status status = Search(request); !status.ok()) FailAnswer(std::move(status));
+    ContinueAnswer();
+  }
+
+  // The rest of the answer is an error; the stream goes on.
+  void FailAnswer(absl::Status status) {
+    answer_.head.clear_queries();
+    answer_.head.set_error_code(static_cast<uint32_t>(status.raw_code()));
+    answer_.head.set_error_message(std::string(status.message()));
+    answer_.to_read.clear();
+    answer_.next_to_read = 0;
+    answer_.ready.clear();
+    answer_.next_ready = 0;
+    answer_.records.reset();
+    answer_.status = std::move(status);
+  }
+
+  absl::Status Search(const v1::RetrieveRequest& request) {
+    const absl::StatusOr<std::vector<RecordId>> evicted =
+        RecordIdsFromProto(request.evicted(), "evicted");
+    if (!evicted.ok()) return evicted.status();
+    const absl::StatusOr<std::vector<RecordId>> held = RecordIdsFromProto(request.held(), "held");
+    if (!held.ok()) return held.status();
+    for (const RecordId& id : *evicted) held_.Erase(id);
+    for (const RecordId& id : *held) held_.Insert(id);
+
+    absl::StatusOr<std::shared_ptr<const VersionPin>> pin =
+        pins_.Get(streams_->store_, identity_, request);
+    if (!pin.ok()) return pin.status();
+    RetrieveOptions options;
+    options.with_text = request.with_text();
+    if (request.has_timeout()) options.deadline = answer_.begun + FromProto(request.timeout());
+    std::vector<Query> queries(request.queries_size());
+    for (int i = 0; i < request.queries_size(); ++i) {
+      const v1::RetrieveRequest::Query& query = request.queries(i);
+      queries[i].embedding = {query.embedding().data(),
+                              static_cast<size_t>(query.embedding_size())};
+      queries[i].top_k = query.top_k();
+      if (query.has_min_score()) queries[i].min_score = query.min_score();
+      queries[i].filter = FromProto(query.filter());
+    }
+    absl::StatusOr<RetrieveResult> result = streams_->store_->Retrieve(**pin, queries, options);
+    if (absl::IsAborted(result.status())) {  // a snapshot was restored under the pin
+      pins_.Forget(*pin);
+      pin = pins_.Get(streams_->store_, identity_, request);
+      if (!pin.ok()) return pin.status();
+      result = streams_->store_->Retrieve(**pin, queries, options);
+    }
+    if (!result.ok()) return result.status();
+
+    const bool with_records = !request.has_with_records() || request.with_records();
+    answer_.head.set_version((*pin)->version());
+    answer_.queries = queries.size();
+    for (std::vector<Hit>& hits : result->queries) {
+      v1::RetrieveResponse::QueryHits& out = *answer_.head.add_queries();
+      for (Hit& hit : hits) AddHit(hit, with_records, *out.add_hits());
+    }
+    answer_.records = std::move(result->records);
+    return absl::OkStatus();
+  }
+
+  void AddHit(Hit& hit, bool with_records, v1::RetrieveResponse::Hit& out) {
+    out.set_record_id(std::string(hit.record_id.view()));
+    out.set_score(hit.score);
+    out.set_record_bytes(hit.record_bytes);
+    for (const Source& source : hit.sources) *out.add_sources() = ToProto(source);
+    ++answer_.hits;
+    const bool held = held_.Contains(hit.record_id);
+    out.set_held(held);
+    if (held) {
+      ++answer_.held_hits;
+    } else if (with_records) {
+      // A later hit of this answer finds it held. Should reading fail the client gets an error for
+      // the whole answer, and ReadMore takes it back.
+      held_.Insert(hit.record_id);
+      answer_.to_read.emplace_back(hit.record_id, hit.record_bytes);
+    }
+  }
+
+  // Sends the next message: pieces as long as they fit, and the head before them.
+  void ContinueAnswer() {
+    std::vector<WirePiece> pieces;
+    int64_t bytes = 0;
+    for (;;) {
+      if (answer_.next_ready == answer_.ready.size() && !ReadMore()) break;
+      WirePiece& piece = answer_.ready[answer_.next_ready];
+      const int64_t size = static_cast<int64_t>(piece.data.size());
+      if (!pieces.empty() && bytes + size > kMessageBytes) break;
+      bytes += size;
+      pieces.push_back(std::move(piece));
+      ++answer_.next_ready;
+    }
+    if (!answer_.status.ok()) pieces.clear();
+    answer_.complete = answer_.next_ready == answer_.ready.size() &&
+                       answer_.next_to_read == answer_.to_read.size();
+    if (answer_.complete) {
+      answer_.head.set_last(true);
+      *answer_.head.mutable_took() = ToProto(absl::Now() - answer_.begun);
+    }
+    answer_.bytes += static_cast<uint64_t>(bytes);
+    outgoing_ = SerializeRetrieveResponse(answer_.head, pieces);
+    const uint64_t request_id = answer_.head.request_id();
+    answer_.head.Clear();
+    answer_.head.set_request_id(request_id);
+    StartWrite(&outgoing_);
+  }
+
+  // Reads the next records and cuts them into pieces. False: there are none, or reading failed.
+  bool ReadMore() {
+    answer_.ready.clear();
+    answer_.next_ready = 0;
+    std::vector<RecordId> ids;
+    for (uint64_t bytes = 0;
+         answer_.next_to_read < answer_.to_read.size() && bytes < kReadAheadBytes;
+         ++answer_.next_to_read) {
+      ids.push_back(answer_.to_read[answer_.next_to_read].first);
+      bytes += answer_.to_read[answer_.next_to_read].second;
+    }
+    if (ids.empty()) return false;
+    const std::vector<absl::StatusOr<RecordView>> records = answer_.records->Read(ids);
+    for (size_t i = 0; i < ids.size(); ++i) {
+      if (!records[i].ok()) {
+        for (size_t j = 0; j < answer_.to_read.size(); ++j) held_.Erase(answer_.to_read[j].first);
+        FailAnswer(absl::Status(
+            records[i].status().code(),
+            absl::StrCat("record ", ids[i].ToHex(), ": ", records[i].status().message())));
+        return false;
+      }
+      const std::string_view record = records[i]->bytes;
+      for (size_t at = 0; at < record.size(); at += kMaxPieceBytes) {
+        answer_.ready.push_back({ids[i], at, record.substr(at, kMaxPieceBytes), records[i]->owner});
+      }
+    }
+    return true;
+  }
+
+  void EndAnswer() {
+    outgoing_.Clear();
+    streams_->metrics_->CountRequest("Retrieve", answer_.status, absl::Now() - answer_.begun);
+    streams_->metrics_->CountRetrieve(answer_.queries, answer_.hits, answer_.held_hits,
+                                      answer_.bytes);
+    answer_ = {};
+    bool finish = false;
+    {
+      absl::MutexLock lock(&mutex_);
+      busy_ = false;
+      finish = finished_ = draining_;
+      if (!finish)
+        StartRead(&incoming_);  // under the mutex: Drain must not finish the stream before it
+    }
+    if (finish) Finish(ToGrpc(absl::UnavailableError("the server is shutting down")));
+  }
+
+  // Ends the stream from within an answer.
+  void End(const absl::Status& status) {
+    {
+      absl::MutexLock lock(&mutex_);
+      finished_ = true;
+    }
+    Finish(ToGrpc(status));
+  }
+
+  RetrieveStreams* const streams_;
+  const Identity identity_;
+  // Of the answer under way: touched by one thread at a time, handed on through gRPC and the
+  // executor.
+  grpc::ByteBuffer incoming_, outgoing_;
+  Answer answer_;
+  HeldRecords held_;
+  Pins pins_;
+  bool greeted_ = false;
+
+  absl::Mutex mutex_;
+  bool busy_ = false, draining_ = false, finished_ = false;  // written under mutex_
+};
+
+namespace {
+
+// A stream that is over before it began.
+class RefusedStream : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer> {
+ public:
+  explicit RefusedStream(const absl::Status& status) { Finish(ToGrpc(status)); }
+  void OnDone() override { delete this; }
+};
+
+int Threads(int asked) {
+  return asked > 0 ? asked : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+}  // namespace
+
+RetrieveStreams::RetrieveStreams(MemoryStore* store, MemoryServerMetrics* metrics,
+                                 const RetrieveOptionsOfServer& options)
+    : store_(store),
+      metrics_(metrics),
+      options_(options),
+      executor_(Threads(options.search_threads)) {}
+
+RetrieveStreams::~RetrieveStreams() = default;
+
+grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* RetrieveStreams::Open(
+    absl::StatusOr<Identity> identity) {
+  if (!identity.ok()) return new RefusedStream(identity.status());
+  Stream* stream = nullptr;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (draining_) return new RefusedStream(absl::UnavailableError("the server is shutting down"));
+    if (open_.size() >= options_.max_streams) {
+      return new RefusedStream(absl::ResourceExhaustedError(absl::StrCat(
+          "there are ", open_.size(), " Retrieve streams, the limit (--max_retrieve_streams)")));
+    }
+    stream = new Stream(this, *std::move(identity));
+    open_.insert(stream);
+  }
+  stream->Start();
+  return stream;
+}
+
+void RetrieveStreams::Drain() {
+  // Under the mutex no stream is deleted (OnDone takes it). Finish may call OnDone only from
+  // another thread: gRPC runs reactions of a stream it is told to finish on its own threads.
+  absl::MutexLock lock(&mutex_);
+  draining_ = true;
+  for (Stream* stream : open_) stream->Drain();
+}
+
+}  // namespace memory3
