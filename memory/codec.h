@@ -37,10 +37,16 @@ class Codec {
   virtual absl::Status Decode(std::span<const uint8_t> bytes, std::span<float> vectors) const = 0;
 };
 
-// head_dim >= 1. vq: memory/vq_codec.h, and MakeCodec there for any of them.
+// head_dim >= 1.
 std::unique_ptr<Codec> MakeF32Codec(int head_dim);
 std::unique_ptr<Codec> MakeBF16Codec(int head_dim);
 std::unique_ptr<Codec> MakeInt8Codec(int head_dim);
+// `codebook`: the bytes of a codebook file (memory/vq_codebook.h); errors as ParseCodebook.
+absl::StatusOr<std::unique_ptr<Codec>> MakeVqCodec(std::string_view codebook);
+// Any of them. `codebook` is given for vq and only for vq; its head_dim is the given one (else
+// INVALID_ARGUMENT).
+absl::StatusOr<std::unique_ptr<Codec>> MakeCodec(CodecId id, int head_dim,
+                                                 std::string_view codebook = {});
 
 // For codecs. INVALID_ARGUMENT unless `values` numbers and `bytes` bytes are the same number of
 // vectors.
