@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "transformer/check.h"
 #include "transformer/cpu/backward_kernels.h"
 #include "transformer/cpu/cpu_device.h"
@@ -117,7 +118,8 @@ int Visible(const AttentionPlan& plan, const KeyTile& tile, int context_index) {
   return visible;
 }
 
-// Segments that share a block's gradient must be worked on by one thread: groups them.
+// Segments whose blocks share a gradient must be worked on by one thread: groups them. Gradients
+// overlap only where they begin at one address.
 std::vector<std::vector<int>> Components(const AttentionPlan& plan,
                                          const std::vector<SegmentTiles>& segments) {
   std::vector<int> parent(segments.size());
@@ -126,18 +128,18 @@ std::vector<std::vector<int>> Components(const AttentionPlan& plan,
     while (parent[i] != i) i = parent[i] = parent[parent[i]];
     return i;
   };
-  std::vector<int> owner(plan.blocks.size(), -1);
+  // By address: two blocks may be one memory.
+  absl::flat_hash_map<const float*, int> owner;
   for (int s = 0; s < segments.size(); ++s) {
     for (const KeyTile& tile : segments[s].tiles) {
       for (const Run& run : tile.runs) {
-        if (plan.blocks[run.block].gradient == nullptr) continue;
-        int& first = owner[run.block];
-        if (first < 0) {
-          first = s;
-        } else {
+        const float* gradient = plan.blocks[run.block].gradient;
+        if (gradient == nullptr) continue;
+        const auto [known, is_new] = owner.try_emplace(gradient, s);
+        if (!is_new) {
           // The lower index is the root, so the order of the components is the segments'.
-          const auto [low, high] = std::minmax(root(first), root(s));
-          parent[high] = low;
+          const int a = root(known->second), b = root(s);
+          parent[std::max(a, b)] = std::min(a, b);
         }
       }
     }
@@ -385,7 +387,7 @@ void CpuDevice::RmsNormBackward(Tensor dx, float* dgain, Tensor dy, Tensor x, co
   CheckF32(dy);
   CheckF32(x);
   const BackwardKernels& kernels = BackwardKernelsFor(isa_);
-  // dgain first: dx may stand where dy does not, but x is read by both.
+  // Columns of dgain and rows of dx are shared out, so no number has two writers.
 #pragma omp parallel num_threads(threads_)
   {
     const auto [begin, end] = ColumnShare(x.cols, omp_get_thread_num(), omp_get_num_threads());
