@@ -1,7 +1,9 @@
 // Our encoder and decoder against FAISS's, on indexes FAISS trained.
 #include "memory/vq_training.h"
 
+#include <faiss/Index2Layer.h>
 #include <faiss/IndexFlat.h>
+#include <faiss/IndexPQ.h>
 #include <faiss/IndexPreTransform.h>
 #include <faiss/impl/ProductQuantizer.h>
 #include <faiss/index_factory.h>
@@ -41,6 +43,41 @@ double Error(const float* a, const float* b, int d) {
   return sum;
 }
 
+// Ours against FAISS's on one index.
+void ExpectAgreement(const faiss::Index& index, int64_t n) {
+  const int d = index.d;
+  const auto codec = VqCodec::Create(CodebookFromFaiss(index).value(), Sha256Of("x")).value();
+  ASSERT_EQ(codec->bytes_per_vector(), static_cast<int64_t>(index.sa_code_size()));
+  const int64_t bytes = codec->bytes_per_vector();
+  const std::vector<float> x = Vectors(n, d, 2);
+  std::vector<uint8_t> ours(n * bytes), theirs(n * bytes);
+  ASSERT_TRUE(codec->Encode(x, ours).ok());
+  index.sa_encode(n, x.data(), theirs.data());
+  std::vector<float> ours_decoded(n * d), theirs_decoded(n * d), cross(n * d);
+  ASSERT_TRUE(codec->Decode(ours, ours_decoded).ok());
+  ASSERT_TRUE(codec->Decode(theirs, cross).ok());
+  index.sa_decode(n, theirs.data(), theirs_decoded.data());
+
+  // Decoding of the same bytes.
+  float largest = 0, difference = 0;
+  for (int64_t i = 0; i < n * d; ++i) {
+    largest = std::max(largest, std::fabs(theirs_decoded[i]));
+    difference = std::max(difference, std::fabs(theirs_decoded[i] - cross[i]));
+  }
+  EXPECT_LE(difference, 1e-5 * largest);
+
+  // Encoding: the same codes, save where two centroids are equally near to within rounding.
+  int64_t different = 0;
+  for (int64_t v = 0; v < n; ++v) {
+    if (std::equal(&ours[v * bytes], &ours[(v + 1) * bytes], &theirs[v * bytes])) continue;
+    ++different;
+    const double a = Error(&x[v * d], &ours_decoded[v * d], d);
+    const double b = Error(&x[v * d], &theirs_decoded[v * d], d);
+    EXPECT_NEAR(a, b, 1e-5 * b) << "vector " << v;
+  }
+  EXPECT_LE(different, n / 500);
+}
+
 struct Case {
   int head_dim;
   VqTrainingOptions bits;
@@ -65,42 +102,33 @@ TEST_P(FaissAgreementTest, CodesDistancesAndDecoding) {
   opq->niter = 4;
   index->train(GetParam().train, sample.data());
 
-  const auto codec = VqCodec::Create(CodebookFromFaiss(*index).value(), Sha256Of("x")).value();
-  ASSERT_EQ(codec->bytes_per_vector(), static_cast<int64_t>(index->sa_code_size()));
-  const int64_t n = 2000, bytes = codec->bytes_per_vector();
-  const std::vector<float> x = Vectors(n, d, 2);
-  std::vector<uint8_t> ours(n * bytes), theirs(n * bytes);
-  ASSERT_TRUE(codec->Encode(x, ours).ok());
-  index->sa_encode(n, x.data(), theirs.data());
-  std::vector<float> ours_decoded(n * d), theirs_decoded(n * d), cross(n * d);
-  ASSERT_TRUE(codec->Decode(ours, ours_decoded).ok());
-  ASSERT_TRUE(codec->Decode(theirs, cross).ok());
-  index->sa_decode(n, theirs.data(), theirs_decoded.data());
-
-  // Decoding of the same bytes.
-  float largest = 0, difference = 0;
-  for (int64_t i = 0; i < n * d; ++i) {
-    largest = std::max(largest, std::fabs(theirs_decoded[i]));
-    difference = std::max(difference, std::fabs(theirs_decoded[i] - cross[i]));
-  }
-  EXPECT_LE(difference, 1e-5 * largest);
-
-  // Encoding: the same codes, save where two centroids are equally near to within rounding.
-  int64_t different = 0;
-  for (int64_t v = 0; v < n; ++v) {
-    if (std::equal(&ours[v * bytes], &ours[(v + 1) * bytes], &theirs[v * bytes])) continue;
-    ++different;
-    const double a = Error(&x[v * d], &ours_decoded[v * d], d);
-    const double b = Error(&x[v * d], &theirs_decoded[v * d], d);
-    EXPECT_NEAR(a, b, 1e-5 * b) << "vector " << v;
-  }
-  EXPECT_LE(different, n / 500);
+  ExpectAgreement(*index, 2000);
 }
 
 INSTANTIATE_TEST_SUITE_P(HeadDims, FaissAgreementTest,
                          ::testing::Values(Case{8, {4, 3}, 600}, Case{32, {6, 5}, 2600},
                                            Case{64, {7, 6}, 5200}, Case{80, {8, 6}, 10000}),
                          [](const auto& info) { return absl::StrCat("d", info.param.head_dim); });
+
+// The paper's own size; its tables random, since training them takes minutes.
+TEST(FaissAgreementAtStandardSizeTest, CodesDistancesAndDecoding) {
+  omp_set_num_threads(1);
+  const int d = 80;
+  std::unique_ptr<faiss::Index> index(faiss::index_factory(d, VqFactoryString(d).c_str()));
+  auto& outer = dynamic_cast<faiss::IndexPreTransform&>(*index);
+  auto& layers = dynamic_cast<faiss::Index2Layer&>(*outer.index);
+  auto& coarse = dynamic_cast<faiss::MultiIndexQuantizer&>(*layers.q1.quantizer);
+  auto& opq = dynamic_cast<faiss::LinearTransform&>(*outer.chain[0]);
+  faiss::RandomRotationMatrix rotation(d, d);
+  rotation.init(1);
+  opq.A = rotation.A;
+  opq.is_orthonormal = opq.is_trained = true;
+  coarse.pq.centroids = Vectors(coarse.pq.centroids.size() / 40, 40, 6);
+  layers.pq.centroids = Vectors(layers.pq.centroids.size() / 10, 10, 7);
+  index->is_trained = layers.is_trained = coarse.is_trained = true;
+  ASSERT_EQ(index->sa_code_size(), 14);
+  ExpectAgreement(*index, 1000);
+}
 
 TEST(TrainVqCodebookTest, TrainsWarnsAndRoundTrips) {
   omp_set_num_threads(1);
