@@ -39,7 +39,7 @@ enum class Layout : uint8_t { kPlain, kMemory };
 struct DecoderOptions {
   // Geometry of memories. Default: the config's explicit_memory; without one (and without
   // DenseMode's here) there is only the plain layout.
-  std::optional<ExplicitMemoryConfig> memory;
+  std::optional<ExplicitMemoryConfig> memory = std::nullopt;
   int max_rows = 512;  // tokens of one Forward
   int max_logit_rows =
       512;             // rows of one Forward that may ask for logits; at most max_rows are used
@@ -66,7 +66,9 @@ class Sequence {
   std::vector<KvPage> pages_;
 };
 
-// A run of a slice's tokens and the pool's slots that they read, in any order.
+// A run of a slice's tokens and the pool's slots that they read. Another order of the slots moves
+// the logits by rounding alone; a caller that wants the same bits for the same set of memories
+// (whatever ranking or slots they have) gives them in the order of the memories' ids.
 struct MemoryRead {
   int tokens = 0;
   std::vector<int> slots;
@@ -77,7 +79,7 @@ struct Slice {
   Sequence* sequence = nullptr;
   std::span<const int32_t> tokens;
   // Runs that add up to tokens.size(); empty: no memories.
-  std::span<const MemoryRead> reads;
+  std::span<const MemoryRead> reads = {};
   // Logits are wanted for the slice's last `logit_rows` tokens.
   int logit_rows = 0;
 };

@@ -22,7 +22,8 @@
 namespace memory3 {
 
 struct RetrievedMemory {
-  std::string id;  // reported back in ChunkRead, not interpreted
+  std::string
+      id;  // unique within a retrieval; reported back, and the order that memories are read in
   std::shared_ptr<const ExplicitMemory> memory;
 };
 
@@ -41,9 +42,9 @@ struct ChunkRead {
 struct GenerateOptions {
   Layout layout = Layout::kMemory;
   int max_new_tokens = 256;
-  int min_new_tokens = 0;         // no stop id before; they are banned until then
-  std::vector<int32_t> stop_ids;  // Default: none; usually config.eos_token_ids
-  SamplingOptions sampling;
+  int min_new_tokens = 0;              // no stop id before; they are banned until then
+  std::vector<int32_t> stop_ids = {};  // Default: none; usually config.eos_token_ids
+  SamplingOptions sampling = {};
   int slice_tokens = 0;  // longest prefill slice; 0: as long as the decoder takes
 };
 

@@ -31,7 +31,7 @@ namespace memory3 {
 struct MemoryWriterOptions {
   // Default: the config's explicit_memory. Overridden for dense mode and for experiments with other
   // layers or numbers of kept tokens.
-  std::optional<ExplicitMemoryConfig> memory;
+  std::optional<ExplicitMemoryConfig> memory = std::nullopt;
   int max_rows = 2048;  // tokens encoded at once; at least reference_tokens
 };
 
