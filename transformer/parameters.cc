@@ -1,13 +1,14 @@
 #include "transformer/parameters.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "transformer/bf16.h"
 #include "transformer/check.h"
+#include "transformer/checkpoint.h"
 
 namespace memory3 {
 namespace {
@@ -47,12 +48,6 @@ std::vector<Parameter> ListParameters(const ModelConfig& c) {
     offset += p.size();
   }
   return list;
-}
-
-uint16_t ToBF16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 64);  // NaN
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 }  // namespace
@@ -129,7 +124,7 @@ absl::Status Parameters::Load(const TensorSource& source) {
     device_->Upload(values() + p.offset, host.data(), host.size() * sizeof(float));
     if (shadow_) {
       rounded.resize(host.size());
-      std::transform(host.begin(), host.end(), rounded.begin(), ToBF16);
+      std::transform(host.begin(), host.end(), rounded.begin(), FloatToBf16);
       device_->Upload(ShadowAt(p.offset), rounded.data(), rounded.size() * sizeof(uint16_t));
     }
     // The host's buffers are about to be used again.
@@ -141,6 +136,16 @@ absl::Status Parameters::Load(const TensorSource& source) {
 absl::Status Parameters::Download(const Parameter& parameter, std::span<float> out) const {
   CHECK(out.size() == parameter.size());
   return device_->Download(out.data(), values() + parameter.offset, out.size() * sizeof(float));
+}
+
+absl::Status Parameters::Save(const std::string& directory, DType dtype,
+                              const std::string& tokenizer_directory) const {
+  return SaveModelDirectory(
+      directory, config_, dtype,
+      [this](const ModelTensor& tensor, std::span<float> out) {
+        return Download(Named(tensor.name), out);
+      },
+      tokenizer_directory);
 }
 
 absl::StatusOr<Buffer> Parameters::AllocateLike() const {
@@ -177,12 +182,17 @@ void Parameters::AdamWStep(const float* gradient, float* m, float* v, const Adam
                      v + decayed_, size_ - decayed_, without_decay, gradient_scale);
 }
 
+const Parameter& Parameters::Named(std::string_view name) const {
+  const auto p =
+      std::find_if(list_.begin(), list_.end(), [&](const Parameter& q) { return q.name == name; });
+  CHECK(p != list_.end());
+  return *p;
+}
+
 // `rows` rows from parameter `first` on, over its neighbours of the same width.
 Tensor Parameters::View(float* flat, std::string_view first, int64_t rows) const {
-  const auto p =
-      std::find_if(list_.begin(), list_.end(), [&](const Parameter& q) { return q.name == first; });
-  CHECK(p != list_.end());
-  return {flat + p->offset, DType::kF32, rows, p->cols, p->cols};
+  const Parameter& p = Named(first);
+  return {flat + p.offset, DType::kF32, rows, p.cols, p.cols};
 }
 
 void* Parameters::ShadowAt(int64_t offset) const {

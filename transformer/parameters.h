@@ -64,6 +64,10 @@ class Parameters {
   absl::Status Load(const TensorSource& source);
   // Brings one tensor to the host; `out` has parameter.size() elements.
   absl::Status Download(const Parameter& parameter, std::span<float> out) const;
+  // Writes a model directory (SaveModelDirectory in checkpoint.h: dtype kF32 or kBF16, tokenizer
+  // files copied from `tokenizer_directory`, none where empty).
+  absl::Status Save(const std::string& directory, DType dtype,
+                    const std::string& tokenizer_directory) const;
 
   const std::vector<Parameter>& list() const { return list_; }
   int64_t size() const { return size_; }
@@ -84,6 +88,7 @@ class Parameters {
 
  private:
   Parameters() = default;
+  const Parameter& Named(std::string_view name) const;
   Tensor View(float* flat, std::string_view first, int64_t rows) const;
   void* ShadowAt(int64_t offset) const;
 

@@ -6,7 +6,6 @@
 #include <oneapi/dnnl/dnnl.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
@@ -15,14 +14,13 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "transformer/bf16.h"
 #include "transformer/check.h"
 #include "transformer/cpu/backward_kernels.h"
 #include "transformer/cpu/cpu_device.h"
 
 namespace memory3 {
 namespace {
-
-float FromBF16(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
 
 // Bounds the threads oneDNN starts from this thread.
 class OmpThreads {
@@ -242,7 +240,7 @@ class HeadBackward {
                   shape_.head_dim * sizeof(float));
     } else {
       const uint16_t* from = static_cast<const uint16_t*>(block.base) + offset;
-      for (int i = 0; i < shape_.head_dim; ++i) to[i] = FromBF16(from[i]);
+      for (int i = 0; i < shape_.head_dim; ++i) to[i] = Bf16ToFloat(from[i]);
     }
   }
 
