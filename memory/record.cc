@@ -1,6 +1,7 @@
 #include "memory/record.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 #include <vector>
 
@@ -210,6 +211,7 @@ absl::StatusOr<RecordHeader> CheckRecord(std::string_view record) {
                                 h.codebook_hash.is_zero() ? "out" : "", " a codebook hash"));
   }
   const uint64_t vectors = h.shape.vectors();
+  assert(vectors > 0);
   const uint64_t per_vector = FixedBytesPerVector(h.codec, h.shape.head_dim);
   const bool payload_fits = per_vector != 0
                                 ? h.payload_bytes == vectors * per_vector

@@ -12,7 +12,6 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "memory/codec.h"
 #include "memory/vq_codec.h"
 #include "spdlog/spdlog.h"
 
@@ -24,22 +23,31 @@ absl::Status NotOfThisForm(const char* part) {
       absl::StrCat("FAISS index: ", part, "; it must be one of \"OPQ…,Residual2x…,PQ8x…\""));
 }
 
-absl::StatusOr<double> RelativeError(const VqCodebook& codebook, std::span<const float> vectors) {
-  auto codec = VqCodec::Create(codebook, Hash256{});
-  if (!codec.ok()) return codec.status();
+}  // namespace
+
+std::string VqFactoryString(int head_dim, const VqTrainingOptions& options) {
+  return absl::StrCat("OPQ", head_dim / 4, "_", head_dim, ",Residual2x", options.coarse_bits,
+                      ",PQ8x", options.fine_bits);
+}
+
+absl::StatusOr<double> RelativeError(const Codec& codec, std::span<const float> vectors) {
+  if (vectors.size() % codec.head_dim() != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(vectors.size(), " numbers are no vectors of ", codec.head_dim()));
+  }
   constexpr int64_t kBatch = 4096;
-  const int64_t d = codebook.head_dim;
+  const int64_t d = codec.head_dim();
   const int64_t n = static_cast<int64_t>(vectors.size()) / d;
-  std::vector<uint8_t> codes(kBatch * (*codec)->bytes_per_vector());
+  std::vector<uint8_t> codes(kBatch * codec.bytes_per_vector());
   std::vector<float> decoded(kBatch * d);
   double error = 0, total = 0;
   for (int64_t first = 0; first < n; first += kBatch) {
     const int64_t count = std::min(kBatch, n - first);
     const std::span<const float> x = vectors.subspan(first * d, count * d);
-    const std::span<uint8_t> code(codes.data(), count * (*codec)->bytes_per_vector());
+    const std::span<uint8_t> code(codes.data(), count * codec.bytes_per_vector());
     const std::span<float> y(decoded.data(), count * d);
-    if (absl::Status status = (*codec)->Encode(x, code); !status.ok()) return status;
-    if (absl::Status status = (*codec)->Decode(code, y); !status.ok()) return status;
+    if (absl::Status status = codec.Encode(x, code); !status.ok()) return status;
+    if (absl::Status status = codec.Decode(code, y); !status.ok()) return status;
     for (size_t i = 0; i < x.size(); ++i) {
       const double difference = static_cast<double>(x[i]) - y[i];
       error += difference * difference;
@@ -47,13 +55,6 @@ absl::StatusOr<double> RelativeError(const VqCodebook& codebook, std::span<const
     }
   }
   return total > 0 ? error / total : 0;
-}
-
-}  // namespace
-
-std::string VqFactoryString(int head_dim, const VqTrainingOptions& options) {
-  return absl::StrCat("OPQ", head_dim / 4, "_", head_dim, ",Residual2x", options.coarse_bits,
-                      ",PQ8x", options.fine_bits);
 }
 
 absl::StatusOr<VqCodebook> CodebookFromFaiss(const faiss::Index& index) {
@@ -122,7 +123,9 @@ absl::StatusOr<VqTraining> TrainVqCodebook(std::span<const float> vectors, int h
   } catch (const std::exception& e) {
     return absl::InternalError(absl::StrCat("FAISS: ", e.what()));
   }
-  absl::StatusOr<double> error = RelativeError(training.codebook, vectors);
+  const auto codec = VqCodec::Create(training.codebook, Hash256{});
+  if (!codec.ok()) return codec.status();
+  const absl::StatusOr<double> error = RelativeError(**codec, vectors);
   if (!error.ok()) return error.status();
   training.relative_error = *error;
   return training;

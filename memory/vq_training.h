@@ -9,6 +9,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "memory/codec.h"
 #include "memory/vq_codebook.h"
 
 namespace faiss {
@@ -24,7 +25,8 @@ struct VqTrainingOptions {
 
 struct VqTraining {
   VqCodebook codebook;
-  // Mean over the training vectors of |x - decode(encode(x))|² / mean |x|².
+  // RelativeError of the training vectors. Near 0 and no promise for others where there were hardly
+  // more vectors than centroids.
   double relative_error = 0;
   // "" or why the codebook may be poor: fewer than kVectorsPerCentroid vectors for a coarse
   // centroid.
@@ -41,6 +43,10 @@ std::string VqFactoryString(int head_dim, const VqTrainingOptions& options = {})
 // (2^14).
 absl::StatusOr<VqTraining> TrainVqCodebook(std::span<const float> vectors, int head_dim,
                                            const VqTrainingOptions& options = {});
+
+// Mean of |x - decode(encode(x))|² over mean of |x|², of `vectors` [n, codec.head_dim()]; 0 for
+// zeros. What a codebook is worth is this on memories it was not trained on. Errors as Encode.
+absl::StatusOr<double> RelativeError(const Codec& codec, std::span<const float> vectors);
 
 // A trained FAISS index of VqFactoryString as our codebook. INVALID_ARGUMENT names the part of the
 // index that is not of that form.

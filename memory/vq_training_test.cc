@@ -151,6 +151,17 @@ TEST(TrainVqCodebookTest, TrainsWarnsAndRoundTrips) {
   EXPECT_NEAR(error / total, few.relative_error, 1e-5);
 }
 
+TEST(RelativeErrorTest, IsTheCodecs) {
+  const auto f32 = MakeF32Codec(4);
+  EXPECT_EQ(RelativeError(*f32, Vectors(10, 4, 1)).value(), 0);
+  // In bf16 257 becomes 256: an error of 1 beside 257² + 1.
+  EXPECT_NEAR(RelativeError(*MakeBF16Codec(2), std::vector<float>{257, 1}).value(),
+              1.0 / (257 * 257 + 1), 1e-12);
+  EXPECT_EQ(RelativeError(*f32, std::vector<float>(8)).value(), 0);
+  EXPECT_EQ(RelativeError(*f32, std::vector<float>(7)).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
 TEST(TrainVqCodebookTest, EnoughVectorsGiveNoWarning) {
   omp_set_num_threads(1);
   const std::vector<float> sample = Vectors(256 * kVectorsPerCentroid, 8, 4);
