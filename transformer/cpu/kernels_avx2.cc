@@ -8,10 +8,11 @@
 namespace memory3 {
 namespace {
 
-// clang-format off: each builds on the one before
+// Each builds on the one before.
+// clang-format off
 #include "transformer/cpu/simd.inc"
-#include "transformer/cpu/simd_kernels.inc"
 #include "transformer/cpu/tiles.inc"
+#include "transformer/cpu/simd_kernels.inc"
 // clang-format on
 
 // Signed times signed through vpmaddubsw: |x| times w with x's sign; two products are at most

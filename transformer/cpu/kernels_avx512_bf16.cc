@@ -9,7 +9,8 @@
 namespace memory3 {
 namespace {
 
-// clang-format off: each builds on the one before
+// Each builds on the one before.
+// clang-format off
 #include "transformer/cpu/simd.inc"
 #include "transformer/cpu/tiles.inc"
 // clang-format on

@@ -7,10 +7,11 @@
 namespace memory3 {
 namespace {
 
-// clang-format off: each builds on the one before
+// Each builds on the one before.
+// clang-format off
 #include "transformer/cpu/simd.inc"
-#include "transformer/cpu/simd_kernels.inc"
 #include "transformer/cpu/tiles.inc"
+#include "transformer/cpu/simd_kernels.inc"
 // clang-format on
 
 void PanelInt8(const uint8_t* x, int64_t x_stride, const float* x_scale, const int8_t* panel,
