@@ -8,8 +8,7 @@
 namespace memory3 {
 namespace {
 
-// Each builds on the one before.
-// clang-format off
+// clang-format off: each builds on the one before
 #include "transformer/cpu/simd.inc"
 #include "transformer/cpu/tiles.inc"
 #include "transformer/cpu/simd_kernels.inc"
