@@ -120,6 +120,10 @@ bool DecodeEntryRowHead(std::string_view value, bool* tombstone, RecordId* id, u
 // Names an embedding among those of one record: a 64-bit mix of its bytes.
 uint64_t EmbeddingHash(std::span<const float> embedding);
 
+// Checks that all numbers are finite (INVALID_ARGUMENT names the first that is not, or an all-zero
+// vector where it matters) and, for cosine, scales to length 1.
+absl::Status NormaliseEmbedding(Metric metric, std::vector<float>* embedding);
+
 // The spec without its codebook.
 void WriteSpec(const KnowledgeBaseSpec& spec, ByteWriter* w);
 bool ReadSpec(ByteReader* r, KnowledgeBaseSpec* spec);

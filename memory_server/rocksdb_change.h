@@ -1,0 +1,84 @@
+// One change to a knowledge base while it is put together: the write batch, and what it does to
+// rows, references and index, so that what will be visible after it is known before it is written.
+//
+// Thread-safety: one thread, under the store's write lock.
+#pragma once
+
+#include <rocksdb/write_batch.h>
+
+#include <map>
+#include <set>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "memory_server/rocksdb_core.h"
+
+namespace memory3 {
+
+// In kReferences, `tenant, record id` itself says that the record is held (value: its size, u64);
+// the keys below it, `…, kb, embedding hash, segment, entry suffix`, say by whom.
+std::string HeldKey(const KnowledgeBase& kb, const RecordId& id);
+std::string ReferenceKey(const KnowledgeBase& kb, const RecordId& id, uint64_t embedding_hash,
+                         uint64_t segment, std::string_view suffix);
+struct Reference {
+  uint64_t kb = 0;
+  uint64_t embedding_hash = 0;
+  uint64_t segment = 0;
+  std::string_view suffix;
+};
+// `key` without its HeldKey. False: malformed.
+bool ParseReference(std::string_view rest, Reference* reference);
+
+std::string RecordKey(const KnowledgeBase& kb, const RecordId& id);
+std::string EmbeddingKey(const KnowledgeBase& kb, const RecordId& id, uint64_t hash);
+
+struct RocksDbCore::Prepared {
+  const NewEntry* entry = nullptr;
+  std::string suffix;
+  std::vector<float> embedding;  // normalised for cosine
+  uint64_t hash = 0;
+};
+
+struct RocksDbCore::Batch {
+  std::vector<Prepared> entries;  // the last of each name, in order of first mention
+  absl::flat_hash_map<RecordId, std::string_view> records;  // bytes given
+};
+
+struct RocksDbCore::Change {
+  rocksdb::WriteBatch batch;
+  // False: only the batch is wanted (a load's entries that replace nothing).
+  bool track = true;
+  // Of the top segment: rows put or turned into tombstones; rows taken away.
+  absl::flat_hash_set<std::string> written_rows;
+  absl::flat_hash_set<std::string> removed_rows;
+  absl::flat_hash_set<std::string> document_tombstones;  // document keys
+  absl::flat_hash_set<RecordId> record_tombstones;
+  // Reference keys, and per record which embeddings this change adds.
+  std::set<std::string> removed_references;
+  std::set<std::string> added_references;
+  absl::flat_hash_map<RecordId, std::set<uint64_t>> added;
+  std::map<RecordId, std::set<uint64_t>> unreferenced;  // to be looked at: lost a reference
+  absl::flat_hash_set<RecordId> new_records;            // had no reference before
+  std::map<RecordId, bool>
+      affected;  // whose visible entries change → nothing of it was there before
+  absl::flat_hash_map<RecordId, std::map<uint64_t, const std::vector<float>*>> embeddings;
+  int64_t entries = 0;  // counters
+  int64_t documents = 0;
+  bool writes_rows = false, writes_document_tombstones = false, writes_record_tombstones = false;
+
+  void RemoveReference(std::string key, const RecordId& id, uint64_t hash) {
+    added_references.erase(key);
+    removed_references.insert(std::move(key));
+    unreferenced[id].insert(hash);
+  }
+  void AddReference(std::string key, const RecordId& id, uint64_t hash) {
+    removed_references.erase(key);
+    added_references.insert(std::move(key));
+    added[id].insert(hash);
+  }
+};
+
+}  // namespace memory3
