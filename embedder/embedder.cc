@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "embedder/bert.h"
 #include "embedder/lexical.h"
 
 namespace memory3 {
@@ -43,7 +44,7 @@ absl::StatusOr<std::string> DefaultModelDirectory(std::string_view name) {
 }
 
 absl::StatusOr<std::unique_ptr<Embedder>> MakeEmbedder(std::string_view spec,
-                                                       const EmbedderOptions& /*options*/) {
+                                                       const EmbedderOptions& options) {
   if (spec == "lexical") {
     absl::StatusOr<std::string> shipped = DefaultModelDirectory("lexical");
     if (!shipped.ok()) return shipped.status();
@@ -53,6 +54,7 @@ absl::StatusOr<std::unique_ptr<Embedder>> MakeEmbedder(std::string_view spec,
   const std::string_view kind = spec.substr(0, colon);
   const std::string directory(colon == std::string_view::npos ? "" : spec.substr(colon + 1));
   if (kind == "lexical" && !directory.empty()) return LexicalEmbedder::Load(directory);
+  if (kind == "bert" && !directory.empty()) return BertEmbedder::Load(directory, options);
   return absl::InvalidArgumentError(absl::StrCat("embedder \"", std::string(spec),
                                                  "\": must be lexical, lexical:DIR or bert:DIR"));
 }

@@ -12,7 +12,7 @@
 namespace memory3 {
 namespace {
 
-constexpr float kSaturation = 8;
+constexpr float kSaturation = 32;
 constexpr float kPairWeight = 0.2f;
 constexpr int kDraws = 4, kPositionsPerDraw = 4;
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;

@@ -1,9 +1,9 @@
 // The default embedder: bag of words, no neural weights.
 //
 // Terms of a text: its words (embedder/words.h) and its pairs of neighbouring words. A term's
-// weight is tf · (k + 1) / (tf + k) · idf, tf its count in the text, k = 8; a pair's idf is a fifth
-// of the smaller of its words' (so "of the" weighs nothing and "Bruce Lee" helps). Each term is
-// spread over 16 of the 1,024 dimensions with random signs drawn from its hash, and the sum is
+// weight is tf · (k + 1) / (tf + k) · idf, tf its count in the text, k = 32; a pair's idf is a
+// fifth of the smaller of its words' (so "of the" weighs nothing and "Bruce Lee" helps). Each term
+// is spread over 16 of the 1,024 dimensions with random signs drawn from its hash, and the sum is
 // brought to L2 norm 1. (One dimension a term, plain feature hashing (Weinberger et al. 2009),
 // loses more than half of BM25's recall: a query is six words, and one collision with a rare word
 // of a reference is worth a match. Sixteen make the error of a product Gaussian and small.

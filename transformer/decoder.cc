@@ -1,6 +1,7 @@
 #include "transformer/decoder.h"
 
 #include <algorithm>
+#include <atomic>
 #include <string>
 #include <utility>
 
@@ -26,6 +27,9 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(std::shared_ptr<const M
     return absl::InvalidArgumentError(absl::StrCat("max_logit_rows is ", options.max_logit_rows));
   }
   std::unique_ptr<Decoder> decoder(new Decoder);
+  // A graph holds the pointers of the decoder it was recorded for, so no two may share a key.
+  static std::atomic<uint64_t> decoders{0};
+  decoder->graph_keys_ = ++decoders << 40;
   decoder->model_ = model;
   decoder->options_ = options;
   DecoderOptions& o = decoder->options_;
@@ -286,7 +290,8 @@ absl::Status Decoder::Forward(std::span<const Slice> slices) {
   const Tensor logit_in = logit_in_.Rows(0, logit_rows),
                logit_norm = logit_norm_.Rows(0, logit_rows);
   // A batch of decode steps comes again and again in the same shape, so it is worth a graph.
-  const uint64_t key = all_decode ? 1 + rows * (options_.max_logit_rows + 1) + logit_rows : 0;
+  const uint64_t key =
+      all_decode ? graph_keys_ + rows * (options_.max_logit_rows + 1) + logit_rows : 0;
   device.Run(key, [&] { RunModel(*batch, a, logit_in, logit_norm, logits()); });
   for (const Slice& slice : slices)
     slice.sequence->length_ += static_cast<int>(slice.tokens.size());

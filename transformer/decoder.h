@@ -151,6 +151,7 @@ class Decoder {
   std::vector<Buffer> storage_;
   Tensor logit_in_, logit_norm_, logits_;  // [max_logit_rows, …]
   Buffer argmax_;
+  uint64_t graph_keys_ = 0;  // first of this decoder's own keys for Device::Run
   int logit_rows_ = 0;
 };
 

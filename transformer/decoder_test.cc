@@ -5,7 +5,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "memory/codec.h"
@@ -205,6 +207,29 @@ TEST_F(DecoderTest, Bf16CachesStayClose) {
   EXPECT_GT(Difference(rounded, exact), 0) << "the caches are not bf16";
   // Slices change nothing here either: attention reads every key from the cache.
   EXPECT_EQ(FeedNew(*decoder_, Layout::kMemory, ids, kReads, {9}), rounded);
+}
+
+// The memory reader fills slots while the engine computes with others.
+TEST_F(DecoderTest, SlotsAreLoadedBesideCompute) {
+  LoadThree();
+  const std::vector<ExplicitMemory> more =
+      WriteMemories(*decoder_, {RandomIds(config_, 30, 21), RandomIds(config_, 2, 22)});
+  const std::vector<int32_t> ids = RandomIds(config_, 79, 4);
+  const std::vector<float> expected = FeedNew(*decoder_, Layout::kMemory, ids, kReads);
+  std::atomic<bool> done = false;
+  std::thread reader([&] {
+    for (int i = 0; !done || i < 100; ++i) {
+      const absl::Status status = decoder_->pool().Load(3 + i % 4, more[i % 2]);
+      ASSERT_TRUE(status.ok()) << status;
+    }
+  });
+  for (int i = 0; i < 10; ++i)
+    EXPECT_EQ(FeedNew(*decoder_, Layout::kMemory, ids, kReads, {i + 1}), expected);
+  done = true;
+  reader.join();
+  const std::vector<float> with_new = FeedNew(*decoder_, Layout::kMemory, ids, {{79, {3, 4}}});
+  LoadMemories(*decoder_, more);
+  EXPECT_EQ(FeedNew(*decoder_, Layout::kMemory, ids, {{79, {0, 1}}}), with_new);
 }
 
 TEST_F(DecoderTest, FullPagesMayBeShared) {

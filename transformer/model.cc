@@ -8,6 +8,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "transformer/bf16.h"
 
 namespace memory3 {
 namespace {
@@ -54,23 +55,31 @@ class Loader {
     return device_->PrepareWeight(host_, out, in, format_);
   }
 
-  // Row-major f32 in device memory.
-  absl::StatusOr<Tensor> ReadTensor(const std::string& name, int64_t rows, int64_t cols) {
+  // Row-major in device memory, f32 or bf16.
+  absl::StatusOr<Tensor> ReadTensor(const std::string& name, int64_t rows, int64_t cols,
+                                    DType dtype) {
     host_.resize(rows * cols);
     absl::Status status = source_.Read(name, rows, cols, host_);
     if (!status.ok()) return status;
-    absl::StatusOr<Buffer> buffer = device_->Allocate(host_.size() * sizeof(float));
+    const void* bytes = host_.data();
+    std::vector<uint16_t> rounded;
+    if (dtype == DType::kBF16) {
+      rounded.resize(host_.size());
+      std::transform(host_.begin(), host_.end(), rounded.begin(), FloatToBf16);
+      bytes = rounded.data();
+    }
+    absl::StatusOr<Buffer> buffer = device_->Allocate(host_.size() * SizeOf(dtype));
     if (!buffer.ok()) return buffer.status();
-    device_->Upload(buffer->data(), host_.data(), host_.size() * sizeof(float));
-    status = device_->Synchronize();  // host_ is about to be used again
+    device_->Upload(buffer->data(), bytes, host_.size() * SizeOf(dtype));
+    status = device_->Synchronize();  // the host's copy is about to be used again
     if (!status.ok()) return status;
-    Tensor tensor{buffer->data(), DType::kF32, rows, cols, cols};
+    Tensor tensor{buffer->data(), dtype, rows, cols, cols};
     storage_->push_back(*std::move(buffer));
     return tensor;
   }
 
   absl::StatusOr<const float*> ReadVector(const std::string& name, int64_t size) {
-    absl::StatusOr<Tensor> tensor = ReadTensor(name, size, 1);
+    absl::StatusOr<Tensor> tensor = ReadTensor(name, size, 1, DType::kF32);
     if (!tensor.ok()) return tensor.status();
     return tensor->as<float>();
   }
@@ -151,8 +160,10 @@ absl::StatusOr<std::shared_ptr<const Model>> Model::Load(Device* device, const M
 
   ModelWeights w;
   absl::Status status;
-  status.Update(Assign(
-      w.embedding, loader.ReadTensor("model.embed_tokens.weight", c.vocab_size, c.hidden_size)));
+  // Rounded weights leave no use for an exact table.
+  const DType table = format == WeightFormat::kF32 ? DType::kF32 : DType::kBF16;
+  status.Update(Assign(w.embedding, loader.ReadTensor("model.embed_tokens.weight", c.vocab_size,
+                                                      c.hidden_size, table)));
   if (!status.ok()) return status;
   for (int i = 0; i < c.layers; ++i) {
     const std::string layer = absl::StrCat("model.layers.", i, ".");

@@ -31,7 +31,7 @@ struct LayerWeights {
 };
 
 struct ModelWeights {
-  Tensor embedding;  // [vocab, D]
+  Tensor embedding;  // [vocab, D], bf16 unless the weights are f32
   std::vector<LayerWeights> layers;
   const float* final_norm = nullptr;  // [D], device memory
   std::unique_ptr<Weight> lm_head;    // [vocab, D], also where it is tied to the embedding
@@ -39,9 +39,10 @@ struct ModelWeights {
 
 class Model {
  public:
-  // Reads the model tensor by tensor, so that host memory beyond the source holds one fused tensor
-  // at a time. Errors: INVALID_ARGUMENT for a geometry no attention can have (names the field),
-  // those of TensorSource::Read, RESOURCE_EXHAUSTED where the device is full.
+  // `format`: of the linear maps, lm_head included. Reads the model tensor by tensor, so that host
+  // memory beyond the source holds one fused tensor at a time. Errors: INVALID_ARGUMENT for a
+  // geometry no attention can have (names the field), those of TensorSource::Read,
+  // RESOURCE_EXHAUSTED where the device is full.
   static absl::StatusOr<std::shared_ptr<const Model>> Load(Device* device,
                                                            const ModelConfig& config,
                                                            const TensorSource& source,

@@ -10,6 +10,8 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -208,6 +210,55 @@ TEST(TrainingStepTest, EveryStoredCaseIsTested) {
   std::vector<std::string> names;
   for (const json& golden : Cases()) names.push_back(golden["name"]);
   EXPECT_THAT(names, ::testing::ElementsAreArray(kCaseNames));
+}
+
+// Where products are cut up among threads and attention needs many tiles.
+TEST(TrainingStepTest, LargerBatchesGiveTheSameBitsToo) {
+  ModelConfig config;
+  config.vocab_size = 500;
+  config.hidden_size = 160;
+  config.intermediate_size = 352;
+  config.layers = 3;
+  config.heads = 6;
+  config.kv_heads = 3;
+  config.head_dim = 32;
+  config.tie_word_embeddings = true;
+  config.explicit_memory =
+      ExplicitMemoryConfig{.memory_layers = {0, 1}, .prefix_token_ids = {1, 2, 3}};
+  const auto device = MakeCpuDevice({.threads = 2}).value();
+  const auto parameters = Parameters::Create(device.get(), config).value();
+  ASSERT_TRUE(parameters->Load(InitialParameters(4, config.layers)).ok());
+  const Buffer gradient = parameters->AllocateLike().value();
+  TrainingStep step(parameters.get());
+
+  uint32_t state = 1;
+  const auto ids = [&](int n) {
+    std::vector<int32_t> v(n);
+    for (int32_t& id : v) id = (state = state * 1664525u + 1013904223u) % 500;
+    return v;
+  };
+  TrainingBatch batch;
+  batch.layout = TrainingBatch::Layout::kMemory;
+  batch.references = {ids(128), ids(128), ids(77), ids(128)};
+  batch.sequences = {{ids(190), ids(190), {{0}, {0, 1}, {0, 1, 2}}},
+                     {ids(65), ids(65), {{3}}},
+                     {ids(130), ids(130), {{2, 3}, {3}, {}}}};
+  const auto run = [&](bool through_writing, bool recompute) {
+    batch.gradient_through_writing = through_writing;
+    batch.recompute_activations = recompute;
+    device->Zero(gradient.data(), gradient.bytes());
+    const double loss = step.Run(batch, gradient.as<float>()).value().loss;
+    std::vector<float> result(gradient.as<float>(), gradient.as<float>() + parameters->size());
+    return std::make_pair(loss, result);
+  };
+  for (const bool through_writing : {true, false}) {
+    const auto first = run(through_writing, false);
+    for (const bool recompute : {false, true, true}) {
+      const auto again = run(through_writing, recompute);
+      EXPECT_EQ(again.first, first.first);
+      EXPECT_TRUE(again.second == first.second) << through_writing << recompute;
+    }
+  }
 }
 
 // Sequences alone, one after the other, add up to the batch's gradient.

@@ -179,7 +179,7 @@ void CpuDevice::Attention(Tensor out, Tensor q, const PreparedBatch& batch,
           kernels_.pack_columns(work.keys, column, data, step, n, d);
         });
         kernels_.panel_f32(work.query, d, work.keys, d, queries, work.scores + first, stride,
-                           PanelMode::kStore);
+                           PanelMode::kStore, nullptr);
       }
 
       for (int i = 0; i < queries; ++i) {
@@ -213,7 +213,7 @@ void CpuDevice::Attention(Tensor out, Tensor q, const PreparedBatch& batch,
         });
         for (int64_t c = 0; c < width; c += CpuKernels::kPanel) {
           kernels_.panel_f32(work.scores + first, stride, work.values + c * kTileKeys, n, queries,
-                             work.out + c, width, PanelMode::kContinue);
+                             work.out + c, width, PanelMode::kContinue, nullptr);
         }
       }
       for (int i = 0; i < queries; ++i) {

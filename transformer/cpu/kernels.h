@@ -28,13 +28,15 @@ struct CpuKernels {
   static constexpr int kPanel = 64;
 
   // y[r][c] = Σ_k x[r * x_stride + k] * panel[k * 64 + c], r < rows, c < 64. Strides in elements.
+  // `sums`: room for rows * 64 numbers of 4 bytes, where sums wait while a long panel is taken in
+  // pieces; null: it is taken in one, which is right for short ones.
   void (*panel_f32)(const float* x, int64_t x_stride, const float* panel, int64_t k, int64_t rows,
-                    float* y, int64_t y_stride, PanelMode mode);
+                    float* y, int64_t y_stride, PanelMode mode, void* sums);
 
   // Weights in pairs: panel[k / 2][64][2], bf16. x rows come from round_bf16 and are
   // bf16_activation_bytes an element, x_stride bytes apart; k is even.
   void (*panel_bf16)(const void* x, int64_t x_stride, const uint16_t* panel, int64_t k,
-                     int64_t rows, float* y, int64_t y_stride, PanelMode mode);
+                     int64_t rows, float* y, int64_t y_stride, PanelMode mode, void* sums);
   int bf16_activation_bytes;
   // n activations in the form panel_bf16 reads, zeros up to n_padded.
   void (*round_bf16)(void* to, const float* x, int64_t n, int64_t n_padded);
@@ -44,7 +46,7 @@ struct CpuKernels {
   // w_sum[c] = Σ_k w[k][c].
   void (*panel_int8)(const uint8_t* x, int64_t x_stride, const float* x_scale, const int8_t* panel,
                      const float* w_scale, const int32_t* w_sum, int64_t k, int64_t rows, float* y,
-                     int64_t y_stride, PanelMode mode);
+                     int64_t y_stride, PanelMode mode, void* sums);
   // x ≈ q * result, q in [-127, 127], stored in the form panel_int8 reads; zero up to n_padded.
   float (*quantize_row)(uint8_t* to, const float* x, int64_t n, int64_t n_padded);
 

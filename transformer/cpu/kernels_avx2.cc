@@ -8,7 +8,8 @@
 namespace memory3 {
 namespace {
 
-// clang-format off: each builds on the one before
+// Each builds on the one before.
+// clang-format off
 #include "transformer/cpu/simd.inc"
 #include "transformer/cpu/tiles.inc"
 #include "transformer/cpu/simd_kernels.inc"
@@ -18,7 +19,7 @@ namespace {
 // 2 * 127 * 127, which int16 holds.
 void PanelInt8(const uint8_t* x, int64_t x_stride, const float* x_scale, const int8_t* panel,
                const float* w_scale, const int32_t*, int64_t k, int64_t rows, float* y,
-               int64_t y_stride, PanelMode mode) {
+               int64_t y_stride, PanelMode mode, void*) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t r = 0; r < rows; ++r) {
     const uint8_t* q = x + r * x_stride;

@@ -9,7 +9,8 @@
 namespace memory3 {
 namespace {
 
-// clang-format off: each builds on the one before
+// Each builds on the one before.
+// clang-format off
 #include "transformer/cpu/simd.inc"
 #include "transformer/cpu/tiles.inc"
 // clang-format on
@@ -18,26 +19,24 @@ struct TileBf16 {
   const char* x;  // bf16
   int64_t x_stride;
   const uint16_t* panel;
-  int64_t k;
-  float* y;
-  int64_t y_stride;
-  PanelMode mode;
+  Sums sums;
 
-  template <int kRows>
-  void Run(int64_t row, int column) const {
-    const char* a = x + row * x_stride;
-    const uint16_t* p = panel + 2 * column;
-    float* to = y + row * y_stride + column;
+  template <int kRows, int kPrefetch>
+  void Run(const Part& part) const {
+    const char* a = x + part.row * x_stride + 4 * part.begin;
+    const uint16_t* p = panel + 2 * (part.begin * kPanel + part.column);
+    const char* prefetch = part.prefetch;
     Vec sum[kRows][kTileVecs];
-    StartSums<kRows>(sum, to, y_stride, mode);
-    for (int64_t i = 0; i < k; i += 2, p += 2 * kPanel) {
+    sums.Start<kRows>(sum, part);
+    for (int64_t i = 0; i < 4 * part.steps; i += 4, p += 2 * kPanel) {
+      PrefetchStep<kPrefetch>(prefetch, part.prefetch_step);
       __m512i w[kTileVecs];
 #pragma GCC unroll 16
       for (int v = 0; v < kTileVecs; ++v) w[v] = _mm512_loadu_si512(p + 32 * v);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         int32_t pair;
-        memcpy(&pair, a + r * x_stride + 2 * i, sizeof pair);
+        memcpy(&pair, a + r * x_stride + i, sizeof pair);
         const __m512bh b = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 16
         for (int v = 0; v < kTileVecs; ++v) {
@@ -45,13 +44,17 @@ struct TileBf16 {
         }
       }
     }
-    FinishSums<kRows>(sum, to, y_stride, mode);
+    sums.Finish<kRows>(sum, part);
   }
 };
 
 void PanelBf16(const void* x, int64_t x_stride, const uint16_t* panel, int64_t k, int64_t rows,
-               float* y, int64_t y_stride, PanelMode mode) {
-  ForTiles(TileBf16{static_cast<const char*>(x), x_stride, panel, k, y, y_stride, mode}, rows);
+               float* y, int64_t y_stride, PanelMode mode, void* sums) {
+  ForTiles(TileBf16{static_cast<const char*>(x),
+                    x_stride,
+                    panel,
+                    {y, y_stride, mode, static_cast<float*>(sums)}},
+           panel, rows, k / 2, sums != nullptr);
 }
 
 void RoundBf16(void* to, const float* x, int64_t n, int64_t n_padded) {

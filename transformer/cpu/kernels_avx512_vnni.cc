@@ -8,10 +8,16 @@
 namespace memory3 {
 namespace {
 
-// clang-format off: each builds on the one before
+// Each builds on the one before.
+// clang-format off
 #include "transformer/cpu/simd.inc"
 #include "transformer/cpu/tiles.inc"
 // clang-format on
+
+// Not the intrinsic: around it GCC 12 copies every sum to memory and back, which halves the rate.
+inline void DotAdd(__m512i& sum, __m512i x, __m512i w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+}
 
 // vpdpbusd multiplies unsigned by signed bytes: activations are stored 128 too high, and
 // 128 * Σ w is taken off the exact sum.
@@ -22,22 +28,28 @@ struct TileInt8 {
   const int8_t* panel;
   const float* w_scale;
   const int32_t* w_sum;
-  int64_t k;
   float* y;
   int64_t y_stride;
   PanelMode mode;
+  int32_t* between;  // sums between chunks, [rows, kPanel]
 
-  template <int kRows>
-  void Run(int64_t row, int column) const {
-    const uint8_t* a = x + row * x_stride;
-    const int8_t* p = panel + 4 * column;
+  template <int kRows, int kPrefetch>
+  void Run(const Part& part) const {
+    const uint8_t* a = x + part.row * x_stride + 4 * part.begin;
+    const int8_t* p = panel + 4 * (part.begin * kPanel + part.column);
+    const char* prefetch = part.prefetch;
+    int32_t* rest = between + part.row * kPanel + part.column;
     __m512i sum[kRows][kTileVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kTileVecs; ++v) sum[r][v] = _mm512_setzero_si512();
+      for (int v = 0; v < kTileVecs; ++v) {
+        sum[r][v] = part.first ? _mm512_setzero_si512()
+                               : _mm512_loadu_si512(rest + r * kPanel + v * kLanes);
+      }
     }
-    for (int64_t i = 0; i < k; i += 4, p += 4 * kPanel) {
+    for (int64_t i = 0; i < 4 * part.steps; i += 4, p += 4 * kPanel) {
+      PrefetchStep<kPrefetch>(prefetch, part.prefetch_step);
       __m512i w[kTileVecs];
 #pragma GCC unroll 16
       for (int v = 0; v < kTileVecs; ++v) w[v] = _mm512_loadu_si512(p + 64 * v);
@@ -47,17 +59,24 @@ struct TileInt8 {
         memcpy(&quad, a + r * x_stride + i, sizeof quad);
         const __m512i b = _mm512_set1_epi32(quad);
 #pragma GCC unroll 16
-        for (int v = 0; v < kTileVecs; ++v) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], b, w[v]);
+        for (int v = 0; v < kTileVecs; ++v) DotAdd(sum[r][v], b, w[v]);
       }
     }
+    // Unrolled, or the sums would live in memory.
+#pragma GCC unroll 16
     for (int v = 0; v < kTileVecs; ++v) {
-      const int c = column + v * kLanes;
+      const int c = part.column + v * kLanes;
       const __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(w_sum + c), 7);
       const Vec scale = Load(w_scale + c);
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
+        if (!part.last) {
+          _mm512_storeu_si512(rest + r * kPanel + v * kLanes, sum[r][v]);
+          continue;
+        }
         const Vec value = Mul(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r][v], shift)),
-                              Mul(Set(x_scale[row + r]), scale));
-        float* to = y + (row + r) * y_stride + c;
+                              Mul(Set(x_scale[part.row + r]), scale));
+        float* to = y + (part.row + r) * y_stride + c;
         Store(to, mode == PanelMode::kStore ? value : Add(Load(to), value));
       }
     }
@@ -66,8 +85,10 @@ struct TileInt8 {
 
 void PanelInt8(const uint8_t* x, int64_t x_stride, const float* x_scale, const int8_t* panel,
                const float* w_scale, const int32_t* w_sum, int64_t k, int64_t rows, float* y,
-               int64_t y_stride, PanelMode mode) {
-  ForTiles(TileInt8{x, x_stride, x_scale, panel, w_scale, w_sum, k, y, y_stride, mode}, rows);
+               int64_t y_stride, PanelMode mode, void* sums) {
+  ForTiles(TileInt8{x, x_stride, x_scale, panel, w_scale, w_sum, y, y_stride, mode,
+                    static_cast<int32_t*>(sums)},
+           panel, rows, k / 4, sums != nullptr);
 }
 
 float QuantizeRow(uint8_t* to, const float* x, int64_t n, int64_t n_padded) {

@@ -7,7 +7,8 @@
 namespace memory3 {
 namespace {
 
-// clang-format off: each builds on the one before
+// Each builds on the one before.
+// clang-format off
 #include "transformer/cpu/simd.inc"
 #include "transformer/cpu/tiles.inc"
 #include "transformer/cpu/simd_kernels.inc"
@@ -15,7 +16,7 @@ namespace {
 
 void PanelInt8(const uint8_t* x, int64_t x_stride, const float* x_scale, const int8_t* panel,
                const float* w_scale, const int32_t*, int64_t k, int64_t rows, float* y,
-               int64_t y_stride, PanelMode mode) {
+               int64_t y_stride, PanelMode mode, void*) {
   for (int64_t r = 0; r < rows; ++r) {
     int32_t sum[kPanel] = {};
     const int8_t* q = reinterpret_cast<const int8_t*>(x + r * x_stride);

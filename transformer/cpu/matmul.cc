@@ -89,6 +89,24 @@ void PackPanel(PackedWeight& w, int64_t p, std::span<const float> from) {
   }
 }
 
+// Rows of one task: enough that a panel pays for being brought in, few enough that their sums and
+// activations stay in the cache.
+constexpr int64_t kLeastBlock = 24, kMostBlock = 516;
+// Rows that one thread converts sooner than the others would have woken up.
+constexpr int64_t kFewRows = 8;
+
+// Bytes from row to row of the activations as the kernel reads them.
+int64_t ActivationStride(const PackedWeight& w, const Tensor& x, const CpuKernels& kernels) {
+  switch (w.format()) {
+    case WeightFormat::kBF16:
+      return RoundUp(w.k() * kernels.bf16_activation_bytes, 64);
+    case WeightFormat::kInt8:
+      return RoundUp(w.k(), 64);
+    default:
+      return x.stride * sizeof(float);
+  }
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Weight>> CpuDevice::PrepareWeight(std::span<const float> w,
@@ -132,82 +150,91 @@ void CpuDevice::MatMul(Tensor y, Tensor x, const Weight& weight, bool accumulate
   }
 
   const auto& w = static_cast<const PackedWeight&>(weight);
-  // Activations as the kernel reads them.
-  const char* a = x.as<char>();
-  int64_t a_stride = x.stride * sizeof(float);
-  char* converted = nullptr;
-  float* x_scale = nullptr;
-  if (w.format() != WeightFormat::kF32) {
-    const bool bf16 = w.format() == WeightFormat::kBF16;
-    a_stride = RoundUp(w.k() * (bf16 ? kernels_.bf16_activation_bytes : 1), 64);
-    converted = static_cast<char*>(Scratch(rows * (a_stride + sizeof(float))));
-    x_scale = reinterpret_cast<float*>(converted + rows * a_stride);
-    a = converted;
-  }
-  const auto convert = [&](int64_t r) {
-    char* to = converted + r * a_stride;
+  const int64_t panels = w.panels();
+  // Tasks are panels; of few panels each is cut by rows, too, so that every thread has its share.
+  const int64_t cuts = panels >= 4 * threads_ ? 1 : (4 * threads_ + panels - 1) / panels;
+  const int64_t block =
+      std::clamp<int64_t>(RoundUp((rows + cuts - 1) / cuts, 12), kLeastBlock, kMostBlock);
+  const int64_t blocks = (rows + block - 1) / block;
+  const int64_t tasks = panels * blocks;
+  const int team = static_cast<int>(std::min<int64_t>(threads_, tasks));
+
+  // Scratch: the activations as the kernel reads them with their scales, and for each thread room
+  // for a task's sums and for its columns where the last panel is only partly there.
+  const int64_t a_stride = ActivationStride(w, x, kernels_);
+  const bool convert = w.format() != WeightFormat::kF32;
+  const int64_t converted_bytes = convert ? rows * a_stride + RoundUp(rows * 4, 64) : 0;
+  const int64_t sums = std::min(block, rows) * kPanel;
+  char* const scratch =
+      static_cast<char*>(Scratch(converted_bytes + team * 2 * sums * sizeof(float)));
+  char* const a = convert ? scratch : x.as<char>();
+  float* const x_scale = reinterpret_cast<float*>(scratch + rows * a_stride);
+  float* const room = reinterpret_cast<float*>(scratch + converted_bytes);
+
+  const auto convert_row = [&](int64_t r) {
     const float* from = x.as<float>() + r * x.stride;
     if (w.format() == WeightFormat::kBF16) {
-      kernels_.round_bf16(to, from, x.cols, w.k());
-    } else if (w.format() == WeightFormat::kInt8) {
-      x_scale[r] = kernels_.quantize_row(reinterpret_cast<uint8_t*>(to), from, x.cols, w.k());
+      kernels_.round_bf16(a + r * a_stride, from, x.cols, w.k());
+    } else {
+      x_scale[r] =
+          kernels_.quantize_row(reinterpret_cast<uint8_t*>(a + r * a_stride), from, x.cols, w.k());
     }
   };
-  const auto product = [&](int64_t p, int64_t row, int64_t count, float* to, int64_t stride,
-                           PanelMode mode) {
+  const auto product = [&](int64_t p, int64_t row, int64_t n, float* to, int64_t stride,
+                           PanelMode mode, float* between) {
     const char* from = a + row * a_stride;
     switch (w.format()) {
       case WeightFormat::kF32:
-        kernels_.panel_f32(reinterpret_cast<const float*>(from), a_stride / sizeof(float),
-                           static_cast<const float*>(w.panel(p)), w.k(), count, to, stride, mode);
-        break;
+        return kernels_.panel_f32(reinterpret_cast<const float*>(from), x.stride,
+                                  static_cast<const float*>(w.panel(p)), w.k(), n, to, stride, mode,
+                                  between);
       case WeightFormat::kBF16:
-        kernels_.panel_bf16(from, a_stride, static_cast<const uint16_t*>(w.panel(p)), w.k(), count,
-                            to, stride, mode);
-        break;
+        return kernels_.panel_bf16(from, a_stride, static_cast<const uint16_t*>(w.panel(p)), w.k(),
+                                   n, to, stride, mode, between);
       case WeightFormat::kInt8:
-        kernels_.panel_int8(reinterpret_cast<const uint8_t*>(from), a_stride, x_scale + row,
-                            static_cast<const int8_t*>(w.panel(p)), &w.scales[p * kPanel],
-                            &w.sums[p * kPanel], w.k(), count, to, stride, mode);
-        break;
+        return kernels_.panel_int8(reinterpret_cast<const uint8_t*>(from), a_stride, x_scale + row,
+                                   static_cast<const int8_t*>(w.panel(p)), &w.scales[p * kPanel],
+                                   &w.sums[p * kPanel], w.k(), n, to, stride, mode, between);
     }
   };
-  // Rows [row, row + count) of panel p's columns.
-  const auto task = [&](int64_t p, int64_t row, int64_t count) {
-    float* to = y.as<float>() + row * y.stride + p * kPanel;
+  const auto run = [&](int64_t task) {
+    const int64_t p = task % panels, row = task / panels * block;
+    const int64_t n = std::min(block, rows - row);
+    float* const between = room + omp_get_thread_num() * 2 * sums;
+    float* const to = y.as<float>() + row * y.stride + p * kPanel;
     const int64_t columns = std::min<int64_t>(kPanel, y.cols - p * kPanel);
     if (columns == kPanel) {
-      product(p, row, count, to, y.stride, accumulate ? PanelMode::kAdd : PanelMode::kStore);
+      product(p, row, n, to, y.stride, accumulate ? PanelMode::kAdd : PanelMode::kStore, between);
       return;
     }
-    constexpr int64_t kRows = 16;
-    alignas(64) float sums[kRows * kPanel];
-    for (int64_t r = 0; r < count; r += kRows) {
-      const int64_t n = std::min(kRows, count - r);
-      product(p, row + r, n, sums, kPanel, PanelMode::kStore);
-      for (int64_t i = 0; i < n; ++i) {
-        float* yr = to + (r + i) * y.stride;
-        for (int64_t c = 0; c < columns; ++c) {
-          yr[c] = accumulate ? yr[c] + sums[i * kPanel + c] : sums[i * kPanel + c];
-        }
+    float* const part = between + sums;
+    product(p, row, n, part, kPanel, PanelMode::kStore, between);
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        float& out = to[r * y.stride + c];
+        out = accumulate ? out + part[r * kPanel + c] : part[r * kPanel + c];
       }
     }
   };
 
-  const int64_t panels = w.panels();
-  constexpr int64_t kSerialRows = 8;
-  if (converted != nullptr && rows <= kSerialRows) {
-    for (int64_t r = 0; r < rows; ++r) convert(r);
+  const bool few = rows <= kFewRows;
+  if (convert && few) {
+    for (int64_t r = 0; r < rows; ++r) convert_row(r);
   }
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(team)
   {
-    if (converted != nullptr && rows > kSerialRows) {
+    if (convert && !few) {
 #pragma omp for schedule(static)
-      for (int64_t r = 0; r < rows; ++r) convert(r);
+      for (int64_t r = 0; r < rows; ++r) convert_row(r);
     }
-    // Neighbouring panels by one thread: it reads one long run of memory.
-#pragma omp for schedule(static) nowait
-    for (int64_t p = 0; p < panels; ++p) task(p, 0, rows);
+    // Neighbouring panels by one thread, which then reads one long run of memory; with many rows in
+    // smaller portions, so that a thread that was held up does not hold up the others.
+    const int64_t portions = rows <= 48 ? team : 8 * team;
+    const int64_t portion = std::max<int64_t>(1, (tasks + portions - 1) / portions);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t first = 0; first < tasks; first += portion) {
+      for (int64_t t = first; t < std::min(tasks, first + portion); ++t) run(t);
+    }
   }
 }
 

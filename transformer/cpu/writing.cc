@@ -62,7 +62,7 @@ void CpuDevice::AttentionReceived(Tensor weights, Tensor q, Tensor k,
       const float* queries = q.as<float>() + reference.row * q.stride + (kv_head * group + g) * d;
       for (int first = 0; first < n; first += kPanel) {
         kernels_.panel_f32(queries, q.stride, panels + first * d, d, n, scores + first, stride,
-                           PanelMode::kStore);
+                           PanelMode::kStore, nullptr);
       }
       for (int i = 0; i < n; ++i) {
         float* s = scores + i * stride;

@@ -1,0 +1,292 @@
+#include "memory_server/client.h"
+
+#include <grpcpp/client_context.h>
+#include <grpcpp/create_channel.h>
+#include <grpcpp/support/channel_arguments.h>
+
+#include <algorithm>
+#include <future>
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+
+#include "serving/status.h"
+
+namespace memory3 {
+namespace {
+
+// The server takes pieces of at most so many bytes (memory.proto).
+constexpr int64_t kMaxPieceBytes = int64_t{1} << 20;
+
+std::unique_ptr<grpc::ClientContext> NewContext(std::string_view api_key) {
+  auto context = std::make_unique<grpc::ClientContext>();
+  if (!api_key.empty()) context->AddMetadata("authorization", "Bearer " + std::string(api_key));
+  return context;
+}
+
+absl::StatusOr<RecordId> IdOf(const std::string& bytes) {
+  absl::StatusOr<RecordId> id = RecordId::FromBytes(bytes);
+  if (!id.ok())
+    return absl::DataLossError(
+        absl::StrCat("the answer has a record id of ", bytes.size(), " bytes"));
+  return id;
+}
+
+absl::Status Damaged(const RecordId& id, const absl::Status& why) {
+  return absl::DataLossError(
+      absl::StrCat("record ", id.ToHex(), " came damaged: ", std::string(why.message())));
+}
+
+}  // namespace
+
+// ---- PutWriter ----
+
+PutWriter::PutWriter(std::string_view api_key) : context_(NewContext(api_key)) {}
+
+PutWriter::~PutWriter() {
+  if (!finished_) context_->TryCancel();
+}
+
+absl::Status PutWriter::Write(v1::Entry entry, std::string_view record) {
+  const absl::Status ended =
+      absl::UnavailableError("the stream of entries has ended; Finish says why");
+  v1::PutRequest message;
+  const bool in_pieces = static_cast<int64_t>(record.size()) > kMaxPieceBytes;
+  if (in_pieces) {
+    entry.set_record_bytes(record.size());
+  } else {
+    entry.set_record(std::string(record));
+  }
+  *message.mutable_entry() = std::move(entry);
+  if (!writer()->Write(message)) return ended;
+  for (size_t at = 0; in_pieces && at < record.size(); at += kMaxPieceBytes) {
+    message.set_record_piece(std::string(record.substr(at, kMaxPieceBytes)));
+    if (!writer()->Write(message)) return ended;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<v1::PutResponse> KnowledgeBaseWriter::Finish() {
+  finished_ = true;
+  writer_->WritesDone();
+  if (absl::Status status = FromGrpc(writer_->Finish()); !status.ok()) return status;
+  return response_;
+}
+
+absl::StatusOr<v1::PutLoadResponse> LoadWriter::Finish() {
+  finished_ = true;
+  writer_->WritesDone();
+  if (absl::Status status = FromGrpc(writer_->Finish()); !status.ok()) return status;
+  return response_;
+}
+
+// ---- RetrieveStream ----
+
+RetrieveStream::RetrieveStream(std::string_view api_key) : context_(NewContext(api_key)) {}
+
+RetrieveStream::~RetrieveStream() {
+  context_->TryCancel();
+  reader_.join();
+}
+
+void RetrieveStream::Send(v1::RetrieveRequest request, Callback done) {
+  // Held over the write, so that the order of numbers is the order on the wire.
+  absl::MutexLock write_lock(&write_mutex_);
+  uint64_t id = 0;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!dead_.load()) {
+      id = next_id_++;
+      pending_[id].done = std::move(done);
+    }
+  }
+  if (id == 0) {
+    done(absl::UnavailableError("the Retrieve stream has ended"));
+    return;
+  }
+  request.set_request_id(id);
+  stream_->Write(request);  // a failed write ends the reading too, which answers everything pending
+}
+
+absl::StatusOr<RetrieveAnswer> RetrieveStream::Retrieve(v1::RetrieveRequest request) {
+  std::promise<absl::StatusOr<RetrieveAnswer>> answer;
+  Send(std::move(request),
+       [&](absl::StatusOr<RetrieveAnswer> a) { answer.set_value(std::move(a)); });
+  return answer.get_future().get();
+}
+
+absl::StatusOr<bool> RetrieveStream::Add(v1::RetrieveResponse& response, Pending& pending) {
+  for (v1::RetrieveResponse::RecordPiece& piece : *response.mutable_pieces()) {
+    const absl::StatusOr<RecordId> id = IdOf(piece.record_id());
+    if (!id.ok()) return id.status();
+    std::string& record = pending.partial[*id];
+    if (piece.offset() != record.size()) {
+      return Damaged(*id, absl::DataLossError(absl::StrCat("a piece begins at ", piece.offset(),
+                                                           ", not ", record.size())));
+    }
+    if (record.size() + piece.data().size() > kMaxRecordBytes) {
+      return Damaged(*id, absl::DataLossError("it is longer than any record"));
+    }
+    if (record.empty()) {
+      record = std::move(*piece.mutable_data());
+    } else {
+      record += piece.data();
+    }
+  }
+  response.clear_pieces();
+  if (response.queries_size() > 0) pending.answer.hits = std::move(response);
+  if (!response.last()) return false;
+  pending.answer.hits.set_version(std::max(pending.answer.hits.version(), response.version()));
+  *pending.answer.hits.mutable_took() = response.took();
+  if (response.error_code() != 0) {
+    return absl::Status(static_cast<absl::StatusCode>(response.error_code()),
+                        response.error_message());
+  }
+  for (auto& [id, record] : pending.partial) {
+    const absl::StatusOr<RecordHeader> checked = CheckRecord(record);
+    if (!checked.ok()) return Damaged(id, checked.status());
+    pending.answer.records[id] = std::make_shared<const std::string>(std::move(record));
+  }
+  return true;
+}
+
+void RetrieveStream::Read() {
+  v1::RetrieveResponse response;
+  while (stream_->Read(&response)) {
+    const bool last = response.last();
+    Pending work;  // taken out: the map may grow, and so move, meanwhile
+    {
+      absl::MutexLock lock(&mutex_);
+      auto node = pending_.extract(response.request_id());
+      if (node.empty()) continue;  // it failed before its last message; the rest is read past
+      work = std::move(node.mapped());
+    }
+    const uint64_t id = response.request_id();
+    absl::StatusOr<bool> complete = Add(response, work);
+    if (!complete.ok()) {
+      work.done(complete.status());
+    } else if (last) {
+      work.done(std::move(work.answer));
+    } else {
+      absl::MutexLock lock(&mutex_);
+      pending_[id] = std::move(work);
+    }
+  }
+  absl::Status status;
+  {
+    absl::MutexLock lock(&mutex_);
+    dead_ = true;
+  }
+  status = FromGrpc(stream_->Finish());
+  FailAll(status.ok() ? absl::UnavailableError("the server ended the Retrieve stream") : status);
+}
+
+void RetrieveStream::FailAll(const absl::Status& status) {
+  absl::flat_hash_map<uint64_t, Pending> pending;
+  {
+    absl::MutexLock lock(&mutex_);
+    pending.swap(pending_);
+  }
+  for (auto& [id, work] : pending) work.done(status);
+}
+
+// ---- MemoryClient ----
+
+absl::StatusOr<std::unique_ptr<MemoryClient>> MemoryClient::Create(MemoryClientOptions options) {
+  const absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> credentials =
+      MakeChannelCredentials(options.tls);
+  if (!credentials.ok()) return credentials.status();
+  std::unique_ptr<MemoryClient> client(new MemoryClient(std::move(options)));
+  for (int i = 0; i < std::max(1, client->options_.channels); ++i) {
+    grpc::ChannelArguments arguments;
+    arguments.SetMaxReceiveMessageSize(
+        -1);  // hits of many queries may be long; records come in pieces
+    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a connection of its own
+    arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
+    arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
+    arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 5000);
+    client->stubs_.push_back(v1::MemoryService::NewStub(
+        grpc::CreateCustomChannel(client->options_.target, *credentials, arguments)));
+  }
+  return client;
+}
+
+bool MemoryClient::IsSafeToRepeat(std::string_view request_type) {
+  // Everything but these: a snapshot or backup would be made twice, a rollback would go back twice.
+  constexpr std::string_view kNot[] = {"RollbackRequest",           "CreateSnapshotRequest",
+                                       "RestoreSnapshotRequest",    "CreateBackupRequest",
+                                       "RestoreBackupRequest",      "CreateKnowledgeBaseRequest",
+                                       "DeleteKnowledgeBaseRequest"};
+  return std::find(std::begin(kNot), std::end(kNot), request_type) == std::end(kNot);
+}
+
+absl::Status MemoryClient::Attempt(
+    bool repeat, const std::function<grpc::Status(Stub&, grpc::ClientContext*)>& call) {
+  const absl::Time deadline = absl::Now() + options_.timeout;
+  absl::Duration pause = absl::Milliseconds(100);
+  thread_local std::minstd_rand random(std::random_device{}());
+  for (int attempt = 1;; ++attempt) {
+    const std::unique_ptr<grpc::ClientContext> context = NewContext(options_.api_key);
+    context->set_deadline(absl::ToChronoTime(deadline));
+    absl::Status status = FromGrpc(call(NextStub(), context.get()));
+    if (!absl::IsUnavailable(status) || !repeat || attempt >= options_.attempts) return status;
+    const absl::Duration jittered = pause * std::uniform_real_distribution<double>(0.5, 1)(random);
+    if (absl::Now() + jittered >= deadline) return status;
+    absl::SleepFor(jittered);
+    pause *= 2;
+  }
+}
+
+absl::StatusOr<MemoryClient::FetchedRecord> MemoryClient::GetRecord(
+    const v1::GetRecordRequest& request) {
+  FetchedRecord result;
+  absl::Status status = Attempt(/*repeat=*/true, [&](Stub& stub, grpc::ClientContext* context) {
+    result = {};
+    const auto reader = stub.GetRecord(context, request);
+    v1::GetRecordResponse message;
+    while (reader->Read(&message)) {
+      result.sources.insert(result.sources.end(), message.sources().begin(),
+                            message.sources().end());
+      result.record += message.record_piece();
+    }
+    return reader->Finish();
+  });
+  if (!status.ok()) return status;
+  const absl::StatusOr<RecordHeader> checked = CheckRecord(result.record);
+  if (!checked.ok()) {
+    const absl::StatusOr<RecordId> id = IdOf(request.record_id());
+    return id.ok() ? Damaged(*id, checked.status()) : id.status();
+  }
+  return result;
+}
+
+std::unique_ptr<KnowledgeBaseWriter> MemoryClient::Put(const std::string& knowledge_base,
+                                                       bool wait) {
+  std::unique_ptr<KnowledgeBaseWriter> writer(new KnowledgeBaseWriter(options_.api_key));
+  writer->writer_ = NextStub().Put(writer->context_.get(), &writer->response_);
+  v1::PutRequest header;
+  header.mutable_header()->set_knowledge_base(knowledge_base);
+  header.mutable_header()->set_wait(wait);
+  writer->writer_->Write(header);  // where it fails, so does what follows, and Finish says why
+  return writer;
+}
+
+std::unique_ptr<LoadWriter> MemoryClient::PutLoad(const std::string& load_id) {
+  std::unique_ptr<LoadWriter> writer(new LoadWriter(options_.api_key));
+  writer->writer_ = NextStub().PutLoad(writer->context_.get(), &writer->response_);
+  v1::PutRequest header;
+  header.mutable_header()->set_load_id(load_id);
+  writer->writer_->Write(header);
+  return writer;
+}
+
+std::unique_ptr<RetrieveStream> MemoryClient::OpenRetrieve() {
+  std::unique_ptr<RetrieveStream> stream(new RetrieveStream(options_.api_key));
+  stream->stream_ = NextStub().Retrieve(stream->context_.get());
+  stream->reader_ = std::thread([s = stream.get()] { s->Read(); });
+  return stream;
+}
+
+}  // namespace memory3
