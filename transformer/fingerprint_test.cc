@@ -125,7 +125,7 @@ TEST_F(FingerprintTest, ReadsAndDistrustsItsCache) {
   ASSERT_TRUE(WriteFileAtomically(path, cache.dump()).ok());
   EXPECT_NE(Fingerprint(memory_), good);
   // Anything that does not fit is not.
-  for (const std::string text :
+  for (const std::string& text :
        {std::string("nonsense"), std::string("[]"), std::string("{}"), std::string()}) {
     ASSERT_TRUE(WriteFileAtomically(path, text).ok());
     EXPECT_EQ(Fingerprint(memory_), good);
