@@ -221,7 +221,11 @@ BatchInput Decoder::MakeBatch(std::span<const Slice> slices) const {
       segment.first = begin + done;
       segment.block_begin = static_cast<int>(plan.block_ids.size());
       if (sequence.layout() == Layout::kMemory) plan.block_ids.push_back(prefix_block);
-      for (int slot : run.slots) plan.block_ids.push_back(memory_block(slot));
+      std::vector<int> slots = run.slots;
+      std::sort(slots.begin(), slots.end(), [&](int a, int b) {
+        return std::pair(pool_->order(a), a) < std::pair(pool_->order(b), b);
+      });
+      for (int slot : slots) plan.block_ids.push_back(memory_block(slot));
       for (int i = 0; i * kKvPageTokens < segment.first + segment.rows; ++i) {
         plan.block_ids.push_back(first_page_block + i);
       }

@@ -66,9 +66,8 @@ class Sequence {
   std::vector<KvPage> pages_;
 };
 
-// A run of a slice's tokens and the pool's slots that they read. Another order of the slots moves
-// the logits by rounding alone; a caller that wants the same bits for the same set of memories
-// (whatever ranking or slots they have) gives them in the order of the memories' ids.
+// A run of a slice's tokens and the pool's slots that they read. The order of the slots changes
+// nothing, nor does which memory is in which slot: not a bit (MemoryPool::order).
 struct MemoryRead {
   int tokens = 0;
   std::vector<int> slots;

@@ -132,6 +132,16 @@ TEST_F(DecoderTest, MemoriesChangeTheLogits) {
   EXPECT_GT(Difference(std::span(later).subspan(before), std::span(none).subspan(before)), 0.01);
 }
 
+TEST_F(DecoderTest, PermutingAChunksMemoriesChangesNothing) {
+  LoadThree();
+  const std::vector<int32_t> ids = RandomIds(config_, 40, 7);
+  const std::vector<float> expected = FeedNew(*decoder_, Layout::kMemory, ids, {{40, {0, 1, 2}}});
+  for (const std::vector<int>& order :
+       std::vector<std::vector<int>>{{0, 2, 1}, {1, 2, 0}, {2, 1, 0}}) {
+    EXPECT_EQ(FeedNew(*decoder_, Layout::kMemory, ids, {{40, order}}), expected);
+  }
+}
+
 TEST_F(DecoderTest, SequencesThatShareASlotReadTheSame) {
   LoadThree();
   const std::vector<int32_t> ids = RandomIds(config_, 25, 8);

@@ -1,6 +1,7 @@
 #include "transformer/generate.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -104,11 +105,8 @@ class ChunkedSequence {
     if (retrieval != ChunkGrid::kNoRetrieval) {
       if (absl::Status status = RetrieveUntil(std::max(first, 0) + 1); !status.ok()) return status;
       if (absl::Status status = Load(retrieval); !status.ok()) return status;
-      const std::vector<RetrievedMemory>& found = retrieved_[retrieval];
-      for (int slot = 0; slot < static_cast<int>(found.size()); ++slot) read.slots.push_back(slot);
-      // See MemoryRead: the same set of memories gives the same bits, whatever its ranking.
-      std::stable_sort(read.slots.begin(), read.slots.end(),
-                       [&](int a, int b) { return found[a].id < found[b].id; });
+      read.slots.resize(retrieved_[retrieval].size());
+      std::iota(read.slots.begin(), read.slots.end(), 0);
     }
     std::vector<int32_t> ids;
     for (int t = first; t < last; ++t) {

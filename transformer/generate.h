@@ -22,8 +22,7 @@
 namespace memory3 {
 
 struct RetrievedMemory {
-  std::string
-      id;  // unique within a retrieval; reported back, and the order that memories are read in
+  std::string id;  // reported back in ChunkRead, not interpreted
   std::shared_ptr<const ExplicitMemory> memory;
 };
 

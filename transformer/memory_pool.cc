@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "memory/hash.h"
 #include "transformer/bf16.h"
 
 namespace memory3 {
@@ -43,6 +44,7 @@ absl::StatusOr<std::unique_ptr<MemoryPool>> MemoryPool::Create(Device* device,
     pool->storage_ = *std::move(storage);
   }
   pool->tokens_ = std::make_unique<std::atomic<int>[]>(slots);
+  pool->order_ = std::make_unique<std::atomic<uint32_t>[]>(slots);
   return pool;
 }
 
@@ -81,6 +83,9 @@ absl::Status MemoryPool::Load(int slot, const ExplicitMemory& memory) {
     status = device_->UploadAside(data(slot), values, slot_bytes_);
   }
   if (!status.ok()) return status;
+  order_[slot].store(Crc32c({reinterpret_cast<const char*>(memory.values.data()),
+                             memory.values.size() * sizeof(float)}),
+                     std::memory_order_release);
   tokens_[slot].store(m.tokens, std::memory_order_release);
   return absl::OkStatus();
 }

@@ -41,6 +41,9 @@ class MemoryPool {
   int slots() const { return slots_; }
   // Tokens per KV head in the slot, 0: nothing is loaded.
   int tokens(int slot) const { return tokens_[slot].load(std::memory_order_acquire); }
+  // A number computed from the memory's values. Attention sums over memories in its order, so that
+  // a set of memories gives the same bits whatever ranking or slots it has.
+  uint32_t order(int slot) const { return order_[slot].load(std::memory_order_acquire); }
   void* data(int slot) const { return storage_.as<char>() + slot * slot_bytes_; }
   int64_t slot_bytes() const { return slot_bytes_; }
   // The largest memory a slot holds.
@@ -58,6 +61,7 @@ class MemoryPool {
   int64_t slot_bytes_ = 0;
   int slots_ = 0;
   std::unique_ptr<std::atomic<int>[]> tokens_;
+  std::unique_ptr<std::atomic<uint32_t>[]> order_;
 };
 
 }  // namespace memory3
