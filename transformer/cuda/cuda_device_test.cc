@@ -15,7 +15,9 @@
 #include <thread>
 #include <vector>
 
+#include "memory/vq_codec.h"
 #include "transformer/block.h"
+#include "transformer/cuda/vq_decode.h"
 #include "transformer/decoder.h"
 #include "transformer/device.h"
 #include "transformer/model.h"
@@ -516,6 +518,39 @@ TEST_P(CudaDeviceTest, WritingScoresSelectsGathersAndScatters) {
     return std::vector<Floats>{s.Get(weights), Floats(ids.begin(), ids.end()), s.Get(memory),
                                s.Get(dk), s.Get(dv)};
   });
+}
+
+TEST_P(CudaDeviceTest, VqDecodesAsTheCodecDoes) {
+  VqCodebook book;
+  book.head_dim = 16;
+  book.coarse_bits = 14;
+  book.fine_bits = 10;
+  // A rotation by one angle in every plane (i, i + 8), then a permutation.
+  book.rotation.assign(256, 0.0f);
+  for (int i = 0; i < 8; ++i) {
+    const int row = (i * 3 + 1) % 8;
+    book.rotation[row * 16 + i] = book.rotation[(row + 8) * 16 + i + 8] = 0.6f;
+    book.rotation[row * 16 + i + 8] = -0.8f;
+    book.rotation[(row + 8) * 16 + i] = 0.8f;
+  }
+  book.coarse = Random(2 * 16384 * 8, 76);
+  book.fine = Random(8 * 1024 * 2, 77, 0.1f);
+  const auto codec = VqCodec::Create(book, Hash256{});
+  ASSERT_TRUE(codec.ok()) << codec.status();
+  const int n = 1003;
+  Floats wanted(n * 16);
+  std::vector<uint8_t> codes(n * 14);
+  ASSERT_TRUE((*codec)->Encode(Random(n * 16, 78), codes).ok());
+  ASSERT_TRUE((*codec)->Decode(codes, wanted).ok());
+
+  Side s(cuda_.get());
+  const auto decoder = CudaVqDecoder::Create(cuda_.get(), book);
+  ASSERT_TRUE(decoder.ok()) << decoder.status();
+  void* device_codes = s.Bytes(codes.size());
+  cuda_->Upload(device_codes, codes.data(), codes.size());
+  const Tensor vectors = s.Act(Floats(n * 16), n, 16);
+  ASSERT_TRUE((*decoder)->Decode(vectors, static_cast<const uint8_t*>(device_codes)).ok());
+  EXPECT_LE(Difference(s.Get(vectors), wanted), GetParam() == DType::kF32 ? 1e-5 : 5e-3);
 }
 
 // ---- memory and recording ----

@@ -74,13 +74,14 @@ void CudaDevice::RmsNorm(Tensor y, Tensor x, const float* gain, float eps, float
 
 void CudaDevice::Rope(Tensor x, const PreparedBatch& batch, std::span<const float> inv_freq,
                       int heads, int head_dim, bool inverse) {
-  CHECK(x.rows == batch.rows && x.cols == int64_t{heads} * head_dim);
+  CHECK(x.rows == batch.rows && x.cols >= int64_t{heads} * head_dim);
   CHECK(head_dim % 2 == 0 && head_dim <= kMaxHeadDim &&
         static_cast<int>(inv_freq.size()) == head_dim / 2);
   CheckFloats(x);
   Bind();
   const CudaPreparedBatch* b = Use(batch);
   if (b == nullptr) return;
+  CHECK(b->has_positions);
   // A model's frequencies never change: they are brought once and stay.
   auto table = std::find_if(frequencies_.begin(), frequencies_.end(), [&](const FrequencyTable& t) {
     return std::equal(t.host.begin(), t.host.end(), inv_freq.begin(), inv_freq.end());
@@ -220,8 +221,8 @@ void CudaDevice::AttentionReceived(Tensor weights, Tensor q, Tensor k,
 
 void CudaDevice::SelectKept(int32_t* kept, Tensor weights,
                             std::span<const ReferenceRows> references, int keep) {
-  CHECK(weights.dtype == DType::kF32 && keep > 0);
-  if (references.empty()) return;
+  CHECK(weights.dtype == DType::kF32 && keep >= 0);
+  if (references.empty() || keep == 0) return;
   Bind();
   const void* list = HostData(references.data(), references.size_bytes());
   if (list == nullptr) return;

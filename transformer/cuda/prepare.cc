@@ -170,6 +170,12 @@ PreparedBatch* CudaDevice::Prepare(const BatchInput& input, int slot) {
   batch.logit_rows = static_cast<int>(input.logit_rows.size());
   batch.sources = plan.sources;
   batch.destination_source = input.destination_source;
+  batch.has_positions = input.positions.size() == input.token_ids.size();
+  CHECK(input.destination.empty() || (input.destination_source >= 0 &&
+                                      input.destination_source < plan.sources.size()));
+  for (const KvSource& source : plan.sources) {
+    CHECK(source.dtype == DType::kF32 || source.dtype == DType::kBF16);
+  }
 
   Lists lists;
   CutSegments(plan, lists);

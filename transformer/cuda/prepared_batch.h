@@ -38,6 +38,7 @@ struct CudaPreparedBatch final : PreparedBatch {
 
   std::vector<KvSource> sources;
   int destination_source = 0;
+  bool has_positions = false;
   // Keys and values of every block can be read 16 bytes at a time where 8 divides head_dim.
   bool aligned = false;
 
