@@ -56,6 +56,27 @@ TEST_F(DecoderTest, SlicesOfAnySizeGiveTheSameLogits) {
   }
 }
 
+// What architecture.md promises of every weight format, on every kernel path: rows that are
+// quantised on the fly, and products of few and of many rows, included.
+TEST_F(DecoderTest, SlicesChangeNothingInAnyFormat) {
+  const std::vector<int32_t> ids = RandomIds(config_, 79, 4);
+  for (const std::string& instructions : InstructionSets()) {
+    const std::unique_ptr<Device> device = TestDevice(instructions, 2);
+    for (WeightFormat format : {WeightFormat::kF32, WeightFormat::kBF16, WeightFormat::kInt8}) {
+      SCOPED_TRACE(instructions + ", format " + std::to_string(static_cast<int>(format)));
+      const std::unique_ptr<Decoder> decoder =
+          TestDecoder(RandomModel(device.get(), config_, format));
+      LoadMemories(*decoder,
+                   WriteMemories(*decoder, {RandomIds(config_, 32, 1), RandomIds(config_, 19, 2),
+                                            RandomIds(config_, 3, 3)}));
+      const std::vector<float> whole = FeedNew(*decoder, Layout::kMemory, ids, kReads);
+      for (int slice : {1, 5, 16, 40}) {
+        EXPECT_EQ(FeedNew(*decoder, Layout::kMemory, ids, kReads, {slice}), whole) << slice;
+      }
+    }
+  }
+}
+
 TEST_F(DecoderTest, BatchCompositionDoesNotChangeASequence) {
   LoadThree();
   const std::vector<int32_t> ids = RandomIds(config_, 79, 5);

@@ -83,12 +83,18 @@ class StoriesTest : public ::testing::Test {
   double MeanKl(const std::vector<float>& p, const std::vector<float>& q) const {
     const size_t rows = p.size() / vocab_;
     double total = 0;
+    const auto log_sum = [](std::span<const float> x) {
+      double sum = 0;
+      for (float v : x) sum += std::exp(double{v});
+      return std::log(sum);
+    };
     for (size_t r = 0; r < rows; ++r) {
       const std::span<const float> a = std::span(p).subspan(r * vocab_, vocab_);
       const std::span<const float> b = std::span(q).subspan(r * vocab_, vocab_);
+      const double log_sum_a = log_sum(a), log_sum_b = log_sum(b);
       for (int32_t id = 0; id < vocab_; ++id) {
-        const double log_p = Logprob(a, id);
-        total += std::exp(log_p) * (log_p - Logprob(b, id));
+        const double log_p = a[id] - log_sum_a;
+        total += std::exp(log_p) * (log_p - (b[id] - log_sum_b));
       }
     }
     return total / rows;
@@ -133,6 +139,41 @@ TEST_F(StoriesTest, RoundedWeightsStayClose) {
     std::cout << "mean KL to f32: int8 " << int8 << ", bf16 " << bf16 << " (" << instructions
               << ")\n";
   }
+}
+
+TEST_F(StoriesTest, Bf16CacheStaysClose) {
+  const std::vector<float> exact = TextLogits(WeightFormat::kF32);
+  const std::unique_ptr<Device> device = TestDevice();
+  const std::unique_ptr<Decoder> decoder = TestDecoder(
+      LoadModel(device.get(), directory_, WeightFormat::kF32), {.kv_dtype = DType::kBF16});
+  const double kl = MeanKl(exact, FeedNew(*decoder, Layout::kPlain, ids_));
+  EXPECT_LT(kl, 1e-4);
+  EXPECT_GT(kl, 0) << "the cache is not bf16";
+  std::cout << "mean KL to f32: bf16 KV cache " << kl << "\n";
+}
+
+// Dense mode of a checkpoint that knows nothing of memories: one whole reference as a memory is the
+// plain forward of prefix + reference + context.
+TEST_F(StoriesTest, DenseMemoryIsThePlainForward) {
+  const std::unique_ptr<Device> device = TestDevice();
+  const std::shared_ptr<const Model> model =
+      LoadModel(device.get(), directory_, WeightFormat::kF32);
+  const ExplicitMemoryConfig dense = DenseMode(model->config(), {1, 403, 407});
+  const std::unique_ptr<Decoder> decoder = TestDecoder(model, {.memory = dense});
+  const std::span<const int32_t> text = std::span(ids_).subspan(1);
+  const std::vector<int32_t> reference(text.begin(), text.begin() + 128);
+  std::vector<int32_t> context = {1};
+  context.insert(context.end(), text.begin() + 128, text.begin() + 228);
+  LoadMemories(*decoder, WriteMemories(*decoder, {reference}));
+  const int tokens = static_cast<int>(context.size());
+  const std::vector<float> with_memory =
+      FeedNew(*decoder, Layout::kMemory, context, {{tokens, {0}}});
+
+  std::vector<int32_t> everything = dense.prefix_token_ids;
+  everything.insert(everything.end(), reference.begin(), reference.end());
+  everything.insert(everything.end(), context.begin(), context.end());
+  const std::vector<float> plain = FeedNew(*decoder, Layout::kPlain, everything);
+  EXPECT_LE(Difference(with_memory, std::span(plain).last(with_memory.size())), 1e-5);
 }
 
 }  // namespace
