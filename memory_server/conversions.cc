@@ -8,7 +8,8 @@ namespace {
 absl::StatusOr<Hash256> HashFromProto(std::string_view bytes, std::string_view field) {
   absl::StatusOr<Hash256> hash = Hash256::FromBytes(bytes);
   if (hash.ok()) return hash;
-  return absl::InvalidArgumentError(absl::StrCat(std::string(field), " must be 32 bytes, not ", bytes.size()));
+  return absl::InvalidArgumentError(
+      absl::StrCat(std::string(field), " must be 32 bytes, not ", bytes.size()));
 }
 
 absl::StatusOr<CodecId> CodecFromProto(v1::Codec codec) {
@@ -72,8 +73,9 @@ absl::StatusOr<std::vector<RecordId>> RecordIdsFromProto(std::string_view bytes,
                                                          std::string_view field) {
   constexpr size_t kSize = sizeof(RecordId::bytes);
   if (bytes.size() % kSize != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        std::string(field), " must hold ids of 32 bytes each, but is ", bytes.size(), " bytes long"));
+    return absl::InvalidArgumentError(absl::StrCat(std::string(field),
+                                                   " must hold ids of 32 bytes each, but is ",
+                                                   bytes.size(), " bytes long"));
   }
   std::vector<RecordId> ids(bytes.size() / kSize);
   for (size_t i = 0; i < ids.size(); ++i) {

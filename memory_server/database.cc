@@ -39,7 +39,7 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbStoreOptions& options) {
   if (options.env != nullptr) o.env = options.env;
   o.max_background_jobs = 4;
   o.bytes_per_sync = uint64_t{1} << 20;
-  o.max_total_wal_size = std::max<uint64_t>(uint64_t{256} << 20, 4 * options.write_buffer_bytes);
+  o.max_total_wal_size = 4 * options.write_buffer_bytes;
   o.max_open_files = 4096;
   o.keep_log_file_num = 4;
   o.max_log_file_size = uint64_t{8} << 20;
@@ -56,7 +56,7 @@ rocksdb::ColumnFamilyOptions FamilyOptions(Family family, const RocksDbStoreOpti
   table.filter_policy.reset(rocksdb::NewBloomFilterPolicy(10));
   table.format_version = 5;
   o.level_compaction_dynamic_level_bytes = true;
-  o.write_buffer_size = std::max<uint64_t>(options.write_buffer_bytes / 4, uint64_t{1} << 20);
+  o.write_buffer_size = std::max<uint64_t>(options.write_buffer_bytes / 4, uint64_t{64} << 10);
   o.compression = rocksdb::kNoCompression;
   switch (family) {
     case kRecords:

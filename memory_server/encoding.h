@@ -120,8 +120,8 @@ bool DecodeEntryRowHead(std::string_view value, bool* tombstone, RecordId* id, u
 // Names an embedding among those of one record: a 64-bit mix of its bytes.
 uint64_t EmbeddingHash(std::span<const float> embedding);
 
-// Checks that all numbers are finite (INVALID_ARGUMENT names the first that is not, or an all-zero
-// vector where it matters) and, for cosine, scales to length 1.
+// Checks that all numbers are finite (INVALID_ARGUMENT names the first that is not) and, for cosine,
+// scales to length 1. All zero (a text without words has no direction) stays: it scores 0 everywhere.
 absl::Status NormaliseEmbedding(Metric metric, std::vector<float>* embedding);
 
 // The spec without its codebook.

@@ -150,6 +150,7 @@ struct Filter {
   bool empty() const { return document_ids.empty() && metadata.empty(); }
 };
 
+// An all-zero embedding under kCosine is like nothing: no hits.
 struct Query {
   std::span<const float> embedding;
   uint32_t top_k = 0;  // 1 to kMaxTopK

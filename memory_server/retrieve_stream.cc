@@ -152,7 +152,8 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     answer_.begun = absl::Now();
     v1::RetrieveRequest request;
     if (grpc::Status parsed =
-            grpc::GenericDeserialize<grpc::ProtoBufferReader, v1::RetrieveRequest>(&incoming_, &request);
+            grpc::GenericDeserialize<grpc::ProtoBufferReader, v1::RetrieveRequest>(&incoming_,
+                                                                                   &request);
         !parsed.ok()) {
       End(absl::InvalidArgumentError("the message is no RetrieveRequest"));
       return;

@@ -307,6 +307,11 @@ absl::StatusOr<RetrieveResult> RocksDbCore::Retrieve(const VersionPin& pin,
 absl::StatusOr<std::vector<Hit>> RocksDbCore::RetrieveOne(const ReadView& view, const Query& query,
                                                           const float* vector,
                                                           bool with_text) const {
+  const uint32_t n = view.kb->spec.embedding_dimension;
+  if (view.kb->spec.metric == Metric::kCosine &&
+      std::all_of(vector, vector + n, [](float x) { return x == 0; })) {
+    return std::vector<Hit>();  // it is like nothing
+  }
   if (!query.filter.empty()) {
     absl::StatusOr<std::optional<std::vector<SlotKey>>> few =
         FilteredSlots(view, query.filter, kSelective);

@@ -141,9 +141,7 @@ absl::Status NormaliseEmbedding(Metric metric, std::vector<float>* v) {
     squares += static_cast<double>(x) * x;
   }
   if (metric == Metric::kInnerProduct) return absl::OkStatus();
-  if (squares == 0) {
-    return absl::InvalidArgumentError("all zero, which has no direction to compare by cosine");
-  }
+  if (squares == 0) return absl::OkStatus();
   double scale = 1 / std::sqrt(squares);
   for (float& x : *v) x = static_cast<float>(x * scale);
   return absl::OkStatus();
