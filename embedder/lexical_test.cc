@@ -10,6 +10,7 @@
 #include "embedder/bm25.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
 
 namespace memory3 {
 namespace {
@@ -155,6 +156,26 @@ TEST(MakeEmbedder, TheShippedTable) {
   EXPECT_LT(lexical->idf().Weight(HashWord("the")), 0.5);
   EXPECT_GT(lexical->idf().Weight(HashWord("basildon")), 8);
   EXPECT_FLOAT_EQ(lexical->idf().Weight(HashWord("qqzzxyvbkw")), lexical->idf().unknown_weight());
+}
+
+// Against tests/goldens/lexical_vectors.py. A change here is another embedder: it needs another
+// fingerprint ("m3lexical1" in lexical.cc).
+TEST(Lexical, VectorsAreWhatTheCommentsSay) {
+  std::ifstream in("embedder/testdata/lexical_expected.json");
+  ASSERT_TRUE(in);
+  const nlohmann::json expected = nlohmann::json::parse(in);
+  auto embedder = MakeEmbedder("lexical");
+  ASSERT_TRUE(embedder.ok()) << embedder.status();
+  for (size_t i = 0; i < expected["texts"].size(); ++i) {
+    const std::string text = expected["texts"][i];
+    std::vector<float> want(1024);
+    for (const nlohmann::json& entry : expected["vectors"][i]) want[entry[0]] = entry[1];
+    const auto got = (*embedder)->EmbedOne(text);
+    ASSERT_TRUE(got.ok());
+    for (int d = 0; d < 1024; ++d) ASSERT_NEAR((*got)[d], want[d], 2e-6) << text << " at " << d;
+  }
+  EXPECT_EQ((*embedder)->fingerprint().ToHex(),
+            "e5c47162272038ffdeab90cfea2c7f9bd8a1cda42a126cd3b42d19686ae728bd");
 }
 
 TEST(Bm25, MatchesTheFormula) {
