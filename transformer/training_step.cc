@@ -144,10 +144,8 @@ absl::Status TrainingStep::Allocate(const Pass& pass) {
   // The residual stream between the blocks: all of it for backward, else entering and leaving.
   activations_.assign(c.layers, LayerActivations{});
   status.Update(Lay(device_, &stream_, [&](Carver& carver) {
-    std::vector<Tensor> streams;
-    for (int i = 0; i < (pass.backward ? c.layers + 1 : 2); ++i) {
-      streams.push_back(carver.Matrix(rows, c.hidden_size, DType::kF32));
-    }
+    std::vector<Tensor> streams(pass.backward ? c.layers + 1 : 2);
+    for (Tensor& t : streams) t = carver.Matrix(rows, c.hidden_size, DType::kF32);
     for (int layer = 0; layer < c.layers; ++layer) {
       activations_[layer].x = streams[layer % streams.size()];
       activations_[layer].y = streams[(layer + 1) % streams.size()];

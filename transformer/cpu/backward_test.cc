@@ -264,16 +264,17 @@ struct AttentionCase {
 };
 
 void CheckAttention(Device* device, const AttentionCase& shape_case, bool read_memory) {
-  const int H = shape_case.heads, G = shape_case.kv_heads, d = shape_case.head_dim;
-  const AttentionShape shape{H, G, d, 1 / std::sqrt(static_cast<float>(d))};
+  const int heads = shape_case.heads, kv_heads = shape_case.kv_heads, d = shape_case.head_dim;
+  const AttentionShape shape{heads, kv_heads, d, 1 / std::sqrt(static_cast<float>(d))};
   const int context = 150, other = 21, rows = context + other + 2;  // two rows in no segment
-  const int row_width = (H + 2 * G) * d;
+  const int row_width = (heads + 2 * kv_heads) * d;
   std::vector<float> qkv = Random(rows * row_width, 1), dqkv(qkv.size());
-  // Memories of 8 tokens: [reference, 2, G, 8, d], two layers of them; a frozen bf16 bank of 5.
+  // Memories of 8 tokens: [reference, 2, kv_heads, 8, d], two layers of them; a frozen bf16 bank
+  // of 5.
   const int tokens = 8, references = 9;
-  const int64_t memory_layer = references * 2 * G * tokens * d;
+  const int64_t memory_layer = references * 2 * kv_heads * tokens * d;
   std::vector<float> memory = Random(2 * memory_layer, 2), dmemory(memory.size());
-  const std::vector<float> bank_values = Random(2 * G * 5 * d, 3);
+  const std::vector<float> bank_values = Random(2 * kv_heads * 5 * d, 3);
   std::vector<uint16_t> bank(bank_values.size());
   for (size_t i = 0; i < bank.size(); ++i) bank[i] = FloatToBf16(bank_values[i]);
 
@@ -282,18 +283,18 @@ void CheckAttention(Device* device, const AttentionCase& shape_case, bool read_m
   input.positions.resize(rows);
   AttentionPlan& plan = input.attention;
   plan.sources = {
-      {DType::kF32, 0, d, row_width, int64_t{G} * d},
-      {DType::kF32, memory_layer, tokens * d, d, int64_t{G} * tokens * d},
-      {DType::kBF16, 0, 5 * d, d, int64_t{G} * 5 * d},
+      {DType::kF32, 0, d, row_width, int64_t{kv_heads} * d},
+      {DType::kF32, memory_layer, tokens * d, d, int64_t{kv_heads} * tokens * d},
+      {DType::kBF16, 0, 5 * d, d, int64_t{kv_heads} * 5 * d},
   };
   const auto live = [&](int row, int count, int first) {
-    const int64_t at = int64_t{row} * row_width + H * d;
+    const int64_t at = int64_t{row} * row_width + heads * d;
     plan.blocks.push_back({0, &qkv[at], &dqkv[at], count, first});
   };
   live(0, context, 0);
   live(context, other, 0);
   for (int r = 0; r < references; ++r) {
-    const int64_t at = r * 2 * G * tokens * d;
+    const int64_t at = r * 2 * kv_heads * tokens * d;
     plan.blocks.push_back({1, &memory[at], r == 4 ? nullptr : &dmemory[at], r == 3 ? 2 : tokens,
                            KvBlock::kSeenByAll});
   }
@@ -311,11 +312,11 @@ void CheckAttention(Device* device, const AttentionCase& shape_case, bool read_m
   const std::vector<int> source_layer = {0, read_memory ? layer : -1, 0};
 
   // The reference, in double.
-  std::vector<float> out(rows * H * d), dout = Random(rows * H * d, 4), lse(rows * H);
-  std::vector<double> want_dq(rows * H * d), want_dqkv(qkv.size()), want_dmemory(memory.size());
+  std::vector<float> out(rows * heads * d), dout = Random(rows * heads * d, 4), lse(rows * heads);
+  std::vector<double> want_dq(rows * heads * d), want_dqkv(qkv.size()), want_dmemory(memory.size());
   for (const AttentionSegment& s : plan.segments) {
     for (int i = 0; i < s.rows; ++i) {
-      for (int h = 0; h < H; ++h) {
+      for (int h = 0; h < heads; ++h) {
         struct Key {
           std::vector<double> k, v;
           double *dk = nullptr, *dv = nullptr;
@@ -331,7 +332,8 @@ void CheckAttention(Device* device, const AttentionCase& shape_case, bool read_m
           for (int t = 0; t < block.tokens; ++t) {
             if (block.first != KvBlock::kSeenByAll && block.first + t > s.first + i) break;
             const int64_t at = source_layer[block.source] * source.layer_stride +
-                               h / (H / G) * source.head_stride + t * source.token_stride;
+                               h / (heads / kv_heads) * source.head_stride +
+                               t * source.token_stride;
             Key key;
             for (int c = 0; c < d; ++c) {
               const auto value = [&](int64_t offset) -> double {
@@ -356,7 +358,7 @@ void CheckAttention(Device* device, const AttentionCase& shape_case, bool read_m
             keys.push_back(key);
           }
         }
-        const int64_t row = (s.row + i) * H * d + h * d;
+        const int64_t row = (s.row + i) * heads * d + h * d;
         std::vector<double> o(d);
         for (Key& key : keys) sum += std::exp(key.score - highest);
         for (Key& key : keys) {
@@ -367,7 +369,7 @@ void CheckAttention(Device* device, const AttentionCase& shape_case, bool read_m
           out[row + c] = o[c];
           delta += o[c] * dout[row + c];
         }
-        lse[(s.row + i) * H + h] = highest + std::log(sum);
+        lse[(s.row + i) * heads + h] = highest + std::log(sum);
         for (Key& key : keys) {
           const double p = std::exp(key.score - highest) / sum;
           double dp = 0;
@@ -385,11 +387,11 @@ void CheckAttention(Device* device, const AttentionCase& shape_case, bool read_m
   }
 
   // Rows outside every segment are left alone.
-  std::vector<float> dq(rows * H * d, 0.0f);
-  for (int i = (context + other) * H * d; i < rows * H * d; ++i) want_dq[i] = dq[i] = 3;
+  std::vector<float> dq(rows * heads * d, 0.0f);
+  for (int i = (context + other) * heads * d; i < rows * heads * d; ++i) want_dq[i] = dq[i] = 3;
   const auto run = [&] {
-    device->AttentionBackward(View(dq, rows, H * d), View(dout, rows, H * d),
-                              View(out, rows, H * d), View(qkv, rows, H * d, row_width),
+    device->AttentionBackward(View(dq, rows, heads * d), View(dout, rows, heads * d),
+                              View(out, rows, heads * d), View(qkv, rows, heads * d, row_width),
                               *device->Prepare(input, 0), source_layer, shape, lse.data());
   };
   run();
