@@ -78,7 +78,9 @@ struct KvSource {
 struct KvBlock {
   int source = 0;               // index into AttentionPlan::sources
   const void* base = nullptr;   // device memory
-  float* gradient = nullptr;    // device memory laid out as base (f32); null: no gradient wanted
+  // Device memory laid out as base (f32); null: no gradient wanted. Two blocks whose gradients share
+  // memory begin at one address.
+  float* gradient = nullptr;
   int tokens = 0;
   // Index, in its sequence's context, of the block's first token: row i of a segment sees token t iff
   // first + t <= segment.first + i. kSeenByAll: no mask (prefix, memories).
