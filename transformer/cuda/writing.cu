@@ -120,7 +120,7 @@ __global__ __launch_bounds__(kThreads) void SelectKeptKernel(int32_t* kept, Tens
     if (!chosen[j]) continue;
     int place = 0;
     for (int i = 0; i < j; ++i) place += chosen[i];
-    to[place] = reference.row + j;
+    if (place < keep) to[place] = reference.row + j;  // NaN ranks before and after nothing
   }
   for (int i = n + threadIdx.x; i < keep; i += kThreads) to[i] = -1;
 }
