@@ -55,12 +55,17 @@ struct AttentionBackwardCall {
 
 // delta; before either of the others.
 cudaError_t LaunchAttentionDelta(const AttentionBackwardCall& call, cudaStream_t stream);
+// dq.
 cudaError_t LaunchAttentionBackwardRows(const AttentionBackwardCall& call,
-                                        const AttentionItem* items, int count,
-                                        const KeyTile* key_tiles, int key_tile_count,
-                                        const QuerySegment* segments, cudaStream_t stream);
+                                        const AttentionItem* items, int count, cudaStream_t stream);
 cudaError_t LaunchAttentionBackwardTiles(const AttentionBackwardCall& call, const QueryTile* tiles,
-                                         int count, const KeyTile* key_tiles, int key_tile_count,
-                                         const QuerySegment* segments, cudaStream_t stream);
+                                         int count, cudaStream_t stream);
+// Adds to the tiles' gradients; those of one launch must not share memory.
+cudaError_t LaunchAttentionBackwardKeys(const AttentionBackwardCall& call, const KeyTile* tiles,
+                                        int count, const QuerySegment* segments,
+                                        cudaStream_t stream);
+cudaError_t LaunchAttentionBackwardKeyTiles(const AttentionBackwardCall& call, const KeyTile* tiles,
+                                            int count, const QuerySegment* segments,
+                                            cudaStream_t stream);
 
 }  // namespace memory3

@@ -271,44 +271,59 @@ __global__ __launch_bounds__(kTileThreads) void KeyTilesKernel(AttentionBackward
   }
 }
 
+// Bytes of `rows` rows of two matrices in shared memory.
 template <int kDim>
-cudaError_t Launch(const AttentionBackwardCall& call, const QueryTile* tiles, int count,
-                   const KeyTile* key_tiles, int key_tile_count, const QuerySegment* segments,
-                   cudaStream_t stream) {
-  constexpr int kRowBytes = TileShape<kDim>::kPitch * sizeof(__nv_bfloat16);
-  constexpr int kQueryBytes = 2 * (kTileRows + kTileKeys) * kRowBytes;
-  constexpr int kKeyBytes = 2 * (kRowsAtOnce + kTileKeys) * kRowBytes;
-  // More shared memory than every kernel has must be asked for.
-  cudaError_t error = cudaFuncSetAttribute(
-      QueryTilesKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kQueryBytes);
+constexpr int TileBytes(int rows) {
+  return 2 * rows * TileShape<kDim>::kPitch * static_cast<int>(sizeof(__nv_bfloat16));
+}
+
+// More shared memory than every kernel has must be asked for.
+template <typename Kernel>
+cudaError_t AskForShared(Kernel* kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+template <int kDim>
+cudaError_t LaunchQueries(const AttentionBackwardCall& call, const QueryTile* tiles, int count,
+                          cudaStream_t stream) {
+  constexpr int kBytes = TileBytes<kDim>(kTileRows + kTileKeys);
+  const cudaError_t error = AskForShared(QueryTilesKernel<kDim>, kBytes);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(KeyTilesKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               kKeyBytes);
+  const dim3 grid(count, call.forward.heads);
+  QueryTilesKernel<kDim><<<grid, kTileThreads, kBytes, stream>>>(call, tiles);
+  return cudaGetLastError();
+}
+
+template <int kDim>
+cudaError_t LaunchKeys(const AttentionBackwardCall& call, const KeyTile* tiles, int count,
+                       const QuerySegment* segments, cudaStream_t stream) {
+  constexpr int kBytes = TileBytes<kDim>(kRowsAtOnce + kTileKeys);
+  const cudaError_t error = AskForShared(KeyTilesKernel<kDim>, kBytes);
   if (error != cudaSuccess) return error;
-  if (count > 0) {
-    QueryTilesKernel<kDim>
-        <<<dim3(count, call.forward.heads), kTileThreads, kQueryBytes, stream>>>(call, tiles);
-  }
-  if (key_tile_count > 0) {
-    KeyTilesKernel<kDim>
-        <<<dim3(key_tile_count, call.forward.kv_heads), kTileThreads, kKeyBytes, stream>>>(
-            call, key_tiles, segments);
-  }
+  const dim3 grid(count, call.forward.kv_heads);
+  KeyTilesKernel<kDim><<<grid, kTileThreads, kBytes, stream>>>(call, tiles, segments);
   return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t LaunchAttentionBackwardTiles(const AttentionBackwardCall& call, const QueryTile* tiles,
-                                         int count, const KeyTile* key_tiles, int key_tile_count,
-                                         const QuerySegment* segments, cudaStream_t stream) {
-  if (call.forward.head_dim <= 64) {
-    return Launch<64>(call, tiles, count, key_tiles, key_tile_count, segments, stream);
-  }
-  if (call.forward.head_dim <= 80) {
-    return Launch<80>(call, tiles, count, key_tiles, key_tile_count, segments, stream);
-  }
-  return Launch<128>(call, tiles, count, key_tiles, key_tile_count, segments, stream);
+                                         int count, cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const int d = call.forward.head_dim;
+  if (d <= 64) return LaunchQueries<64>(call, tiles, count, stream);
+  if (d <= 80) return LaunchQueries<80>(call, tiles, count, stream);
+  return LaunchQueries<128>(call, tiles, count, stream);
+}
+
+cudaError_t LaunchAttentionBackwardKeyTiles(const AttentionBackwardCall& call, const KeyTile* tiles,
+                                            int count, const QuerySegment* segments,
+                                            cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const int d = call.forward.head_dim;
+  if (d <= 64) return LaunchKeys<64>(call, tiles, count, segments, stream);
+  if (d <= 80) return LaunchKeys<80>(call, tiles, count, segments, stream);
+  return LaunchKeys<128>(call, tiles, count, segments, stream);
 }
 
 }  // namespace memory3

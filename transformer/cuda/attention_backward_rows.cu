@@ -174,16 +174,19 @@ cudaError_t LaunchAttentionDelta(const AttentionBackwardCall& call, cudaStream_t
 
 cudaError_t LaunchAttentionBackwardRows(const AttentionBackwardCall& call,
                                         const AttentionItem* items, int count,
-                                        const KeyTile* key_tiles, int key_tile_count,
-                                        const QuerySegment* segments, cudaStream_t stream) {
-  if (count > 0) {
-    const dim3 grid(count, CeilDivide(call.forward.heads, kWarps));
-    QueryGradientKernel<<<grid, kThreads, 0, stream>>>(call, items);
-  }
-  if (key_tile_count > 0) {
-    const dim3 grid(key_tile_count, call.forward.kv_heads, kTileKeys / kWarps);
-    KeyGradientKernel<<<grid, kThreads, 0, stream>>>(call, key_tiles, segments);
-  }
+                                        cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const dim3 grid(count, CeilDivide(call.forward.heads, kWarps));
+  QueryGradientKernel<<<grid, kThreads, 0, stream>>>(call, items);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchAttentionBackwardKeys(const AttentionBackwardCall& call, const KeyTile* tiles,
+                                        int count, const QuerySegment* segments,
+                                        cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const dim3 grid(count, call.forward.kv_heads, kTileKeys / kWarps);
+  KeyGradientKernel<<<grid, kThreads, 0, stream>>>(call, tiles, segments);
   return cudaGetLastError();
 }
 

@@ -351,8 +351,8 @@ struct AttentionCase {
   DType kv_dtype;
 };
 
-// Prefix, two memories (one of them short) and pages, read by segments of 70, 1, 3 and 1 rows, one
-// of them without memories; with the gradient of everything. Row 40 … 41 are in no segment.
+// Prefix, two memories (one of them short) and pages, read by segments of 40, 30, 1, 3, 1 and 2
+// rows; with the gradient of everything. Rows 40, 41 and 79 are in no segment.
 class AttentionWorld {
  public:
   static constexpr int kRows = 80, kLayers = 2, kPrefix = 3, kKept = 8, kPageTokens = 16;
@@ -368,11 +368,14 @@ class AttentionWorld {
     // A context of 75 tokens and one of 38; the last pages are partly filled.
     for (int i = 0; i < 5; ++i) AddBlock(2, i, std::min(16, 75 - i * 16), i * 16);
     for (int i = 0; i < 3; ++i) AddBlock(2, 6 + i, std::min(16, 38 - i * 16), i * 16);
+    // Page 6 once more, seen by all: its gradient is shared with the block above.
+    AddBlock(2, 6, 10, KvBlock::kSeenByAll);
     AddSegment(0, 40, 5, {0, 1, 2, 3, 4, 5});
     AddSegment(42, 30, 45, {0, 2, 3, 4, 5, 6, 7});
     AddSegment(72, 1, 37, {0, 1, 8, 9, 10});
     AddSegment(73, 3, 30, {8, 9, 10});
     AddSegment(76, 1, 0, {0, 8});
+    AddSegment(77, 2, 0, {11});
     input.token_ids.assign(kRows, 0);
     input.positions.assign(kRows, 0);
     shape = {c.heads, c.kv_heads, c.head_dim, 1 / std::sqrt(static_cast<float>(c.head_dim))};

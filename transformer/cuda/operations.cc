@@ -287,18 +287,17 @@ void CudaDevice::AttentionBackward(Tensor dq, Tensor dout, Tensor out, Tensor q,
   call.delta = static_cast<float*>(Scratch(kDelta, sizeof(float) * q.rows * int64_t{shape.heads}));
   if (call.delta == nullptr) return;
   Note(LaunchAttentionDelta(call, stream_), "AttentionBackward");
-  if (activations_ == DType::kBF16 && shape.head_dim <= kMaxTileDim) {
-    // Keys' gradients come whole from the tile kernel, whichever rows see them; short segments'
-    // query gradients from the row kernel.
-    Note(LaunchAttentionBackwardTiles(call, b->tiles, b->tile_count, b->key_tiles,
-                                      b->key_tile_count, b->segments, stream_),
-         "AttentionBackward");
-    Note(LaunchAttentionBackwardRows(call, b->items, b->short_items, nullptr, 0, nullptr, stream_),
-         "AttentionBackward");
-  } else {
-    Note(LaunchAttentionBackwardRows(call, b->items, b->all_items, b->key_tiles, b->key_tile_count,
-                                     b->segments, stream_),
-         "AttentionBackward");
+  const bool tiles = activations_ == DType::kBF16 && shape.head_dim <= kMaxTileDim;
+  // Queries' gradients; of short segments from the row kernel in any case.
+  if (tiles) {
+    Note(LaunchAttentionBackwardTiles(call, b->tiles, b->tile_count, stream_), "AttentionBackward");
+  }
+  Note(LaunchAttentionBackwardRows(call, b->items, tiles ? b->short_items : b->all_items, stream_),
+       "AttentionBackward");
+  // Keys' and values' gradients, whichever rows see them.
+  const auto keys = tiles ? LaunchAttentionBackwardKeyTiles : LaunchAttentionBackwardKeys;
+  for (const auto& [begin, count] : b->key_waves) {
+    Note(keys(call, b->key_tiles + begin, count, b->segments, stream_), "AttentionBackward");
   }
 }
 

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "transformer/check.h"
 #include "transformer/cuda/cuda_device.h"
 
@@ -22,7 +23,7 @@ struct Lists {
   std::vector<KvUnit> units;
   std::vector<AttentionItem> short_items, long_items;
   std::vector<QueryTile> tiles;
-  std::vector<KeyTile> key_tiles;
+  std::vector<std::vector<KeyTile>> key_waves;
   std::vector<QuerySegment> segments;
   std::vector<int32_t> token_order;
   std::vector<TokenGroup> token_groups;
@@ -91,7 +92,8 @@ void CutSegments(const AttentionPlan& plan, Lists& lists) {
   }
 }
 
-// Which segments see each block that wants a gradient.
+// Which segments see each block that wants a gradient. Blocks that share a gradient are put into
+// different waves: a wave is one launch, so no two blocks of it add to one number.
 void CutBlocks(const AttentionPlan& plan, Lists& lists) {
   std::vector<std::vector<int>> seen_by(plan.blocks.size());
   for (size_t s = 0; s < plan.segments.size(); ++s) {
@@ -101,8 +103,11 @@ void CutBlocks(const AttentionPlan& plan, Lists& lists) {
       if (plan.blocks[id].gradient != nullptr) seen_by[id].push_back(static_cast<int>(s));
     }
   }
+  absl::flat_hash_map<const float*, size_t> sharing;
   for (size_t id = 0; id < plan.blocks.size(); ++id) {
     if (seen_by[id].empty()) continue;
+    const size_t wave = sharing[plan.blocks[id].gradient]++;
+    if (wave == lists.key_waves.size()) lists.key_waves.emplace_back();
     const KvBlock& block = plan.blocks[id];
     const KvSource& source = plan.sources[block.source];
     const int begin = static_cast<int>(lists.segments.size());
@@ -112,7 +117,7 @@ void CutBlocks(const AttentionPlan& plan, Lists& lists) {
     }
     const int end = static_cast<int>(lists.segments.size());
     for (int token = 0; token < block.tokens; token += kTileKeys) {
-      KeyTile& tile = lists.key_tiles.emplace_back();
+      KeyTile& tile = lists.key_waves[wave].emplace_back();
       tile.base = TokenAt(block, source, token);
       tile.gradient = block.gradient + token * source.token_stride;
       tile.source = block.source;
@@ -171,8 +176,8 @@ PreparedBatch* CudaDevice::Prepare(const BatchInput& input, int slot) {
   batch.sources = plan.sources;
   batch.destination_source = input.destination_source;
   batch.has_positions = input.positions.size() == input.token_ids.size();
-  CHECK(input.destination.empty() || (input.destination_source >= 0 &&
-                                      input.destination_source < plan.sources.size()));
+  CHECK(input.destination.empty() ||
+        (input.destination_source >= 0 && input.destination_source < plan.sources.size()));
   for (const KvSource& source : plan.sources) {
     CHECK(source.dtype == DType::kF32 || source.dtype == DType::kBF16);
   }
@@ -192,8 +197,13 @@ PreparedBatch* CudaDevice::Prepare(const BatchInput& input, int slot) {
   batch.all_items = static_cast<int>(items.size());
   Pad(lists.tiles);
   batch.tile_count = static_cast<int>(lists.tiles.size());
-  Pad(lists.key_tiles);
-  batch.key_tile_count = static_cast<int>(lists.key_tiles.size());
+  std::vector<KeyTile> key_tiles;
+  batch.key_waves.clear();
+  for (std::vector<KeyTile>& wave : lists.key_waves) {
+    Pad(wave);
+    batch.key_waves.emplace_back(key_tiles.size(), wave.size());
+    key_tiles.insert(key_tiles.end(), wave.begin(), wave.end());
+  }
   Pad(lists.token_groups);
   batch.token_group_count = static_cast<int>(lists.token_groups.size());
 
@@ -217,7 +227,7 @@ PreparedBatch* CudaDevice::Prepare(const BatchInput& input, int slot) {
                       MEMORY3_LIST(lists.units, units),
                       MEMORY3_LIST(items, items),
                       MEMORY3_LIST(lists.tiles, tiles),
-                      MEMORY3_LIST(lists.key_tiles, key_tiles),
+                      MEMORY3_LIST(key_tiles, key_tiles),
                       MEMORY3_LIST(lists.segments, segments),
                       MEMORY3_LIST(lists.token_order, token_order),
                       MEMORY3_LIST(lists.token_groups, token_groups)};
@@ -265,7 +275,8 @@ PreparedBatch* CudaDevice::Prepare(const BatchInput& input, int slot) {
 
   Signature signature;
   signature.Add(batch.rows).Add(batch.logit_rows).Add(batch.short_items).Add(batch.all_items);
-  signature.Add(batch.tile_count).Add(batch.key_tile_count).Add(batch.token_group_count);
+  signature.Add(batch.tile_count).Add(batch.token_group_count).Add(batch.key_waves.size());
+  for (const auto& [begin, count] : batch.key_waves) signature.Add(begin).Add(count);
   signature.Add(batch.aligned).Add(batch.destination_source).Add(input.destination.empty());
   signature.Add(reinterpret_cast<uintptr_t>(batch.memory));
   for (const size_t capacity : batch.capacities) signature.Add(capacity);

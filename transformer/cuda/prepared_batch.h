@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "transformer/cuda/plan.h"
@@ -33,8 +34,10 @@ struct CudaPreparedBatch final : PreparedBatch {
   int short_items = 0;
   int all_items = 0;
   int tile_count = 0;
-  int key_tile_count = 0;
   int token_group_count = 0;
+  // Runs of key_tiles, first and count, one launch each: blocks whose gradients share memory are in
+  // different runs.
+  std::vector<std::pair<int, int>> key_waves;
 
   std::vector<KvSource> sources;
   int destination_source = 0;
