@@ -1,6 +1,7 @@
 #include "transformer/cpu/cpu_device.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -100,6 +101,12 @@ std::string CpuDevice::name() const {
 
 absl::StatusOr<Buffer> CpuDevice::Allocate(size_t bytes) {
   if (bytes == 0) return Buffer(this, nullptr, 0);
+  // Linux would promise more than there is, and kill the process when it is used.
+  const size_t machine = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+  if (bytes > machine) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("cannot allocate ", bytes, " bytes on a machine with ", machine));
+  }
   // Weights are read at the speed of memory: on small pages address translation would slow that.
   const bool large = bytes >= 2 * kHugePage;
   void* data = nullptr;

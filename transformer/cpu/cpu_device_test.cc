@@ -157,7 +157,7 @@ TEST_P(CpuDeviceTest, Int8ProductsAreExactInIntegers) {
 }
 
 TEST_P(CpuDeviceTest, RowOfAProductHasTheSameBitsInEveryBatch) {
-  constexpr int64_t kIn = 515, kOut = 200, kRows = 40;
+  constexpr int64_t kIn = 1155, kOut = 200, kRows = 40;  // more than one chunk of k
   std::vector<float> x = Random(kRows * kIn, 1);
   const std::vector<float> w = Random(kOut * kIn, 2);
   const std::vector<float> start = Random(kRows * kOut, 3);
@@ -177,6 +177,23 @@ TEST_P(CpuDeviceTest, RowOfAProductHasTheSameBitsInEveryBatch) {
             << rows << " rows, format " << static_cast<int>(format);
       }
     }
+  }
+}
+
+TEST_P(CpuDeviceTest, ThreadsDoNotChangeAProduct) {
+  constexpr int64_t kIn = 1100, kOut = 300, kRows = 130;
+  std::vector<float> x = Random(kRows * kIn, 1);
+  const std::vector<float> w = Random(kOut * kIn, 2);
+  for (const auto format : {WeightFormat::kF32, WeightFormat::kBF16, WeightFormat::kInt8}) {
+    std::vector<float> y[3];
+    for (int i = 0; i < 3; ++i) {
+      const auto device = *CpuDevice::Make({.threads = 1 + 3 * i, .instructions = GetParam()});
+      y[i].resize(kRows * kOut);
+      device->MatMul(View(y[i], kRows, kOut), View(x, kRows, kIn),
+                     **device->PrepareWeight(w, kOut, kIn, format), false);
+    }
+    EXPECT_EQ(y[0], y[1]);
+    EXPECT_EQ(y[0], y[2]);
   }
 }
 

@@ -15,18 +15,20 @@ namespace {
 #include "transformer/cpu/simd_kernels.inc"
 // clang-format on
 
-// Sixteen keys at a time: their 16 x 16 squares are turned in registers.
+// Sixteen keys at a time: their 16 x 16 squares are turned in registers. Fewer at the end, and
+// memories of eight tokens, take the same way with lanes masked out.
 void PackColumns(float* panel, int first, const float* keys, int64_t stride, int tokens,
                  int head_dim) {
-  int t = 0;
-  for (; t + 16 <= tokens; t += 16) {
+  for (int t = 0; t < tokens; t += 16) {
+    const int rows = tokens - t;
+    const __mmask16 there = rows >= 16 ? static_cast<__mmask16>(0xffff) : First(rows);
     for (int d = 0; d < head_dim; d += 16) {
       const int64_t n = head_dim - d;
+      const __mmask16 columns = n >= 16 ? static_cast<__mmask16>(0xffff) : First(n);
       __m512 r[16], s[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        const float* from = keys + (t + i) * stride + d;
-        r[i] = n >= 16 ? Load(from) : LoadFirst(from, n);
+        r[i] = i < rows ? _mm512_maskz_loadu_ps(columns, keys + (t + i) * stride + d) : Set(0.0f);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < 16; i += 2) {
@@ -61,11 +63,10 @@ void PackColumns(float* panel, int first, const float* keys, int64_t stride, int
       float* to = panel + d * kPanel + first + t;
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        if (i < n) Store(to + i * kPanel, r[i]);
+        if (i < n) _mm512_mask_storeu_ps(to + i * kPanel, there, r[i]);
       }
     }
   }
-  PackColumnsPlain(panel, first + t, keys + t * stride, stride, tokens - t, head_dim);
 }
 
 }  // namespace
