@@ -136,14 +136,13 @@ absl::StatusOr<bool> RetrieveStream::Add(v1::RetrieveResponse& response, Pending
     }
   }
   response.clear_pieces();
-  if (response.queries_size() > 0) pending.answer.hits = std::move(response);
-  if (!response.last()) return false;
-  pending.answer.hits.set_version(std::max(pending.answer.hits.version(), response.version()));
-  *pending.answer.hits.mutable_took() = response.took();
   if (response.error_code() != 0) {
     return absl::Status(static_cast<absl::StatusCode>(response.error_code()),
                         response.error_message());
   }
+  const bool last = response.last();
+  pending.answer.hits.MergeFrom(response);  // only the first message has hits
+  if (!last) return false;
   for (auto& [id, record] : pending.partial) {
     const absl::StatusOr<RecordHeader> checked = CheckRecord(record);
     if (!checked.ok()) return Damaged(id, checked.status());
@@ -155,7 +154,6 @@ absl::StatusOr<bool> RetrieveStream::Add(v1::RetrieveResponse& response, Pending
 void RetrieveStream::Read() {
   v1::RetrieveResponse response;
   while (stream_->Read(&response)) {
-    const bool last = response.last();
     Pending work;  // taken out: the map may grow, and so move, meanwhile
     {
       absl::MutexLock lock(&mutex_);
@@ -167,7 +165,7 @@ void RetrieveStream::Read() {
     absl::StatusOr<bool> complete = Add(response, work);
     if (!complete.ok()) {
       work.done(complete.status());
-    } else if (last) {
+    } else if (*complete) {
       work.done(std::move(work.answer));
     } else {
       absl::MutexLock lock(&mutex_);

@@ -47,6 +47,7 @@ int Main(int argc, char** argv) {
   spdlog::info("memory_server {} ready: gRPC on port {}, data in {}", MEMORY3_VERSION,
                (*server)->port(), store_options.directory);
 
+  if ((*server)->metrics_port() != 0) spdlog::info("metrics on port {}", (*server)->metrics_port());
   const int signal = signals.WaitForShutdown([&] {
     const absl::Status status = (*server)->ReloadApiKeys();
     spdlog::info("SIGHUP: API keys {}", status.ok() ? "read again" : std::string(status.message()));

@@ -379,12 +379,14 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* RetrieveStreams::Op
   return stream;
 }
 
-void RetrieveStreams::Drain() {
+void RetrieveStreams::Drain(absl::Time deadline) {
   // Under the mutex no stream is deleted (OnDone takes it). Finish may call OnDone only from
   // another thread: gRPC runs reactions of a stream it is told to finish on its own threads.
   absl::MutexLock lock(&mutex_);
   draining_ = true;
   for (Stream* stream : open_) stream->Drain();
+  const auto none = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return open_.empty(); };
+  mutex_.AwaitWithDeadline(absl::Condition(&none), deadline);
 }
 
 }  // namespace memory3

@@ -37,8 +37,9 @@ class RetrieveStreams {
   // A new stream of `identity`; gRPC owns the reactor. An error becomes the stream's status.
   grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Open(
       absl::StatusOr<Identity> identity);
-  // Ends idle streams with UNAVAILABLE, the others after the answer they are at; refuses new ones.
-  void Drain();
+  // Refuses new streams, ends idle ones with UNAVAILABLE, the others after the answer they are at,
+  // and waits for that until `deadline`.
+  void Drain(absl::Time deadline);
 
  private:
   class Stream;

@@ -6,6 +6,7 @@
 #include <grpcpp/server_builder.h>
 #include <spdlog/spdlog.h>
 
+#include <chrono>
 #include <exception>
 #include <utility>
 
@@ -16,10 +17,6 @@ namespace memory3 {
 namespace {
 
 constexpr absl::Duration kHealthInterval = absl::Milliseconds(250);
-
-std::chrono::system_clock::time_point In(absl::Duration duration) {
-  return absl::ToChronoTime(absl::Now() + duration);
-}
 
 }  // namespace
 
@@ -61,6 +58,8 @@ absl::StatusOr<std::unique_ptr<MemoryServer>> MemoryServer::Start(
       return absl::UnavailableError(
           absl::StrCat("--metrics_listen ", serving.metrics_listen, ": ", error.what()));
     }
+    const std::vector<int> ports = server->exposer_->GetListeningPorts();
+    if (!ports.empty()) server->metrics_port_ = ports.front();
     server->exposer_->RegisterCollectable(server->metrics_.registry());
     server->exposer_->RegisterCollectable(server->metrics_.store_gauges());
   }
@@ -102,8 +101,10 @@ void MemoryServer::Shutdown(absl::Duration drain) {
   if (health_watcher_.joinable()) health_watcher_.join();
   if (server_ != nullptr) {
     if (auto* health = server_->GetHealthCheckService()) health->Shutdown();
-    service_->Drain();
-    server_->Shutdown(In(drain));
+    service_->Drain(drain);
+    // Time for the last answers to leave; not the time to drain: gRPC would spend it waiting for
+    // idle clients to close their connections.
+    server_->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(200));
     server_->Wait();
   }
 }

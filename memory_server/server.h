@@ -33,7 +33,8 @@ class MemoryServer {
       MemoryStore* store, const ServingOptions& serving, const RetrieveOptionsOfServer& retrieve);
   ~MemoryServer();
 
-  int port() const { return port_; }  // of gRPC
+  int port() const { return port_; }                  // of gRPC
+  int metrics_port() const { return metrics_port_; }  // 0: none
   // Reads the API key file again; on an error the old keys stay.
   absl::Status ReloadApiKeys();
   // Stops taking requests, lets running ones end for up to `drain`, then cancels them.
@@ -51,6 +52,7 @@ class MemoryServer {
   std::unique_ptr<prometheus::Exposer> exposer_;
   std::unique_ptr<grpc::Server> server_;
   int port_ = 0;
+  int metrics_port_ = 0;
   absl::Notification stopping_;
   std::thread health_watcher_;
 };

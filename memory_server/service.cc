@@ -23,6 +23,17 @@ void MemoryServiceImpl::SetApiKeys(ApiKeys keys) {
   keys_ = std::move(next);
 }
 
+void MemoryServiceImpl::Drain(absl::Duration timeout) {
+  const absl::Time deadline = absl::Now() + timeout;
+  {
+    absl::MutexLock lock(&mutex_);
+    draining_ = true;
+    const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return running_ == 0; };
+    mutex_.AwaitWithDeadline(absl::Condition(&idle), deadline);
+  }
+  streams_.Drain(deadline);
+}
+
 // ---- what every call has in common ----
 
 absl::StatusOr<Identity> MemoryServiceImpl::Authenticate(
@@ -41,8 +52,17 @@ template <typename Response>
 grpc::Status MemoryServiceImpl::Serve(grpc::ServerContext* context, const char* method,
                                       Response* response, Body body) {
   const absl::Time begun = absl::Now();
-  const absl::StatusOr<Identity> identity = Authenticate(*context);
+  absl::StatusOr<Identity> identity = Authenticate(*context);
+  {
+    absl::MutexLock lock(&mutex_);
+    if (draining_) identity = absl::UnavailableError("the server is shutting down");
+    ++running_;
+  }
   const absl::Status status = identity.ok() ? body(*identity) : identity.status();
+  {
+    absl::MutexLock lock(&mutex_);
+    --running_;
+  }
   const absl::Duration took = absl::Now() - begun;
   if constexpr (requires { response->mutable_took(); }) *response->mutable_took() = ToProto(took);
   metrics_->CountRequest(method, status, took);

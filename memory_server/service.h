@@ -25,8 +25,9 @@ class MemoryServiceImpl final
                     const RetrieveOptionsOfServer& retrieve);
 
   void SetApiKeys(ApiKeys keys);
-  // Ends Retrieve streams between answers; see RetrieveStreams::Drain.
-  void Drain() { streams_.Drain(); }
+  // Refuses new calls with UNAVAILABLE, ends Retrieve streams between answers, and waits until
+  // nothing runs any more or `timeout` is over.
+  void Drain(absl::Duration timeout);
 
   grpc::Status CreateKnowledgeBase(grpc::ServerContext*, const v1::CreateKnowledgeBaseRequest*,
                                    v1::CreateKnowledgeBaseResponse*) override;
@@ -114,6 +115,8 @@ class MemoryServiceImpl final
   const absl::Time started_at_ = absl::Now();
   mutable absl::Mutex mutex_;
   std::shared_ptr<const ApiKeys> keys_ ABSL_GUARDED_BY(mutex_);
+  int running_ ABSL_GUARDED_BY(mutex_) = 0;  // calls, without Retrieve streams
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   RetrieveStreams streams_;
 };
 
