@@ -95,15 +95,17 @@ void RetrieveStream::Send(v1::RetrieveRequest request, Callback done) {
   // Held over the write, so that the order of numbers is the order on the wire.
   absl::MutexLock write_lock(&write_mutex_);
   uint64_t id = 0;
+  absl::Status ended;
   {
     absl::MutexLock lock(&mutex_);
-    if (!dead_.load()) {
+    ended = ended_;
+    if (ended.ok()) {
       id = next_id_++;
       pending_[id].done = std::move(done);
     }
   }
-  if (id == 0) {
-    done(absl::UnavailableError("the Retrieve stream has ended"));
+  if (!ended.ok()) {
+    done(ended);
     return;
   }
   request.set_request_id(id);
@@ -172,22 +174,15 @@ void RetrieveStream::Read() {
       pending_[id] = std::move(work);
     }
   }
-  absl::Status status;
-  {
-    absl::MutexLock lock(&mutex_);
-    dead_ = true;
-  }
-  status = FromGrpc(stream_->Finish());
-  FailAll(status.ok() ? absl::UnavailableError("the server ended the Retrieve stream") : status);
-}
-
-void RetrieveStream::FailAll(const absl::Status& status) {
+  absl::Status ended = FromGrpc(stream_->Finish());
+  if (ended.ok()) ended = absl::UnavailableError("the server ended the Retrieve stream");
   absl::flat_hash_map<uint64_t, Pending> pending;
   {
     absl::MutexLock lock(&mutex_);
+    ended_ = ended;
     pending.swap(pending_);
   }
-  for (auto& [id, work] : pending) work.done(status);
+  for (auto& [id, work] : pending) work.done(ended);
 }
 
 // ---- MemoryClient ----

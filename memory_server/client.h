@@ -98,13 +98,16 @@ class RetrieveStream {
   void Send(v1::RetrieveRequest request, Callback done);
   // Send, and wait for the answer.
   absl::StatusOr<RetrieveAnswer> Retrieve(v1::RetrieveRequest request);
-  bool dead() const { return dead_.load(); }
+  // What ended the stream; OK while it lives.
+  absl::Status ended() const {
+    absl::MutexLock lock(&mutex_);
+    return ended_;
+  }
 
  private:
   friend class MemoryClient;
   explicit RetrieveStream(std::string_view api_key);
   void Read();
-  void FailAll(const absl::Status& status);
 
   struct Pending {
     RetrieveAnswer answer;
@@ -116,9 +119,9 @@ class RetrieveStream {
 
   std::unique_ptr<grpc::ClientContext> context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::RetrieveRequest, v1::RetrieveResponse>> stream_;
-  std::atomic<bool> dead_ = false;
   absl::Mutex write_mutex_;  // one writer at a time, and requests in the order of their numbers
-  absl::Mutex mutex_;
+  mutable absl::Mutex mutex_;
+  absl::Status ended_ ABSL_GUARDED_BY(mutex_);
   uint64_t next_id_ ABSL_GUARDED_BY(mutex_) = 1;
   absl::flat_hash_map<uint64_t, Pending> pending_ ABSL_GUARDED_BY(mutex_);
   std::thread reader_;
