@@ -32,7 +32,7 @@ inline std::string_view ToView(const rocksdb::Slice& s) { return {s.data(), s.si
 
 enum Family {
   kRecords,     // tenant, record id → record
-  kReferences,  // tenant, record id [, kb, embedding hash, segment, entry] → who needs it
+  kReferences,  // tenant, record id, kb, embedding hash, segment, entry → nothing: who needs it
   kEntries,     // tenant, kb, segment, entry → row
   kTexts,       // tenant, kb, segment, entry → the reference's text
   kEmbeddings,  // tenant, kb, record id, embedding hash → f32 numbers

@@ -105,13 +105,15 @@ struct EntryRow {
   bool tombstone = false;
   RecordId record_id;
   uint64_t embedding_hash = 0;
+  uint64_t record_bytes = 0;
   uint64_t char_begin = 0;
   uint64_t char_end = 0;
   std::string title;
   std::string uri;
   std::map<std::string, std::string> metadata;
 };
-std::string EncodeEntryRow(const RecordId& id, uint64_t embedding_hash, const Source& source);
+std::string EncodeEntryRow(const RecordId& id, uint64_t embedding_hash, uint64_t record_bytes,
+                           const Source& source);
 std::string EncodeTombstoneRow();
 bool DecodeEntryRow(std::string_view value, EntryRow* row);
 // The first fields only; cheaper.
@@ -120,8 +122,9 @@ bool DecodeEntryRowHead(std::string_view value, bool* tombstone, RecordId* id, u
 // Names an embedding among those of one record: a 64-bit mix of its bytes.
 uint64_t EmbeddingHash(std::span<const float> embedding);
 
-// Checks that all numbers are finite (INVALID_ARGUMENT names the first that is not) and, for cosine,
-// scales to length 1. All zero (a text without words has no direction) stays: it scores 0 everywhere.
+// Checks that all numbers are finite (INVALID_ARGUMENT names the first that is not) and, for
+// cosine, scales to length 1. All zero (a text without words has no direction) stays: it scores 0
+// everywhere.
 absl::Status NormaliseEmbedding(Metric metric, std::vector<float>* embedding);
 
 // The spec without its codebook.

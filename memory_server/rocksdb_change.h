@@ -18,9 +18,8 @@
 
 namespace memory3 {
 
-// In kReferences, `tenant, record id` itself says that the record is held (value: its size, u64);
-// the keys below it, `…, kb, embedding hash, segment, entry suffix`, say by whom.
-std::string HeldKey(const KnowledgeBase& kb, const RecordId& id);
+// In kReferences: tenant, record id, kb, embedding hash, segment, entry suffix. A record lives
+// while there is a key that begins with its own.
 std::string ReferenceKey(const KnowledgeBase& kb, const RecordId& id, uint64_t embedding_hash,
                          uint64_t segment, std::string_view suffix);
 struct Reference {
@@ -29,7 +28,7 @@ struct Reference {
   uint64_t segment = 0;
   std::string_view suffix;
 };
-// `key` without its HeldKey. False: malformed.
+// `rest`: a key without tenant and record id. False: malformed.
 bool ParseReference(std::string_view rest, Reference* reference);
 
 std::string RecordKey(const KnowledgeBase& kb, const RecordId& id);
@@ -48,6 +47,17 @@ struct RocksDbCore::Batch {
 };
 
 struct RocksDbCore::Change {
+  Change() = default;
+  // Borrows the memory of `scratch`: large batches would otherwise fault in new pages each time.
+  explicit Change(rocksdb::WriteBatch* scratch) : batch(std::move(*scratch)), scratch_(scratch) {
+    batch.Clear();
+  }
+  ~Change() {
+    if (scratch_ != nullptr && batch.GetDataSize() <= kMaxScratch) *scratch_ = std::move(batch);
+  }
+  Change(const Change&) = delete;
+  Change& operator=(const Change&) = delete;
+
   rocksdb::WriteBatch batch;
   // False: only the batch is wanted (a load's entries that replace nothing).
   bool track = true;
@@ -79,6 +89,10 @@ struct RocksDbCore::Change {
     added_references.insert(std::move(key));
     added[id].insert(hash);
   }
+
+ private:
+  static constexpr size_t kMaxScratch = size_t{16} << 20;
+  rocksdb::WriteBatch* scratch_ = nullptr;
 };
 
 }  // namespace memory3

@@ -9,6 +9,8 @@
 // lock.
 #pragma once
 
+#include <rocksdb/write_batch.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <deque>
@@ -187,6 +189,7 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
   };
   struct SourceRow {  // an entry of a record
     uint64_t embedding_hash = 0;
+    uint64_t record_bytes = 0;
     Source source;
   };
 
@@ -266,7 +269,6 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
                                           bool with_text) const;
   absl::Status ScoreStored(const ReadView& view, const float* vector,
                            std::vector<VersionIndex::Candidate>* candidates) const;
-  absl::StatusOr<uint64_t> RecordBytes(const ReadView& view, const RecordId& id) const;
 
   // --- loads (rocksdb_load.cc) ---
   absl::StatusOr<std::shared_ptr<Load>> FindLoad(std::string_view tenant,
@@ -334,7 +336,8 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
   std::shared_ptr<Database> db_;
 
   std::mutex write_mu_;
-  uint64_t next_id_ = 1;  // of knowledge bases, segments, loads, index files; write_mu_
+  rocksdb::WriteBatch scratch_;  // memory for the next change; write_mu_
+  uint64_t next_id_ = 1;         // of knowledge bases, segments, loads, index files; write_mu_
 
   mutable std::shared_mutex catalog_mu_;
   std::map<std::string, std::shared_ptr<KnowledgeBase>, std::less<>> kbs_;  // tenant prefix + name

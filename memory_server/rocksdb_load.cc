@@ -157,7 +157,7 @@ absl::StatusOr<PutResult> RocksDbCore::PutLoad(std::string_view tenant, std::str
       const std::string prefix = kb.SegmentPrefix(segment.id);
       // Entries the load has already are replaced.
       std::vector<std::optional<EntryRow>> old(batch->entries.size());
-      Change change;
+      Change change(&scratch_);
       change.track = false;
       for (size_t i = 0; i < old.size() && segment.rows; ++i) {
         rocksdb::PinnableSlice value;

@@ -117,7 +117,7 @@ absl::StatusOr<std::vector<RocksDbCore::SourceRow>> RocksDbCore::SourcesOf(const
                                                                            const RecordId& id,
                                                                            bool with_text) const {
   const KnowledgeBase& kb = *view.kb;
-  const std::string held = HeldKey(kb, id);
+  const std::string held = RecordKey(kb, id);
   std::string begin = held;
   AppendBig64(&begin, kb.id);
   std::string end = PrefixEnd(begin);
@@ -138,6 +138,7 @@ absl::StatusOr<std::vector<RocksDbCore::SourceRow>> RocksDbCore::SourcesOf(const
     if (!*found || (*view.stack)[(*found)->layer]->id != r.segment) continue;
     SourceRow row;
     row.embedding_hash = r.embedding_hash;
+    row.record_bytes = (*found)->row.record_bytes;
     row.source = ToSource(r.suffix, std::move((*found)->row));
     if (with_text) {
       rocksdb::PinnableSlice text;
@@ -154,17 +155,6 @@ absl::StatusOr<std::vector<RocksDbCore::SourceRow>> RocksDbCore::SourcesOf(const
            std::tie(b.source.document_id, b.source.ordinal);
   });
   return sources;
-}
-
-absl::StatusOr<uint64_t> RocksDbCore::RecordBytes(const ReadView& view, const RecordId& id) const {
-  rocksdb::PinnableSlice value;
-  absl::StatusOr<bool> has =
-      db_->Get(kReferences, HeldKey(*view.kb, id), view.snapshot->get(), &value);
-  if (!has.ok()) return has.status();
-  if (!*has || value.size() != 8) {
-    return absl::DataLossError(Message("record ", id.ToHex(), " has entries but is not held"));
-  }
-  return ByteReader(ToView(value)).U64();
 }
 
 absl::StatusOr<StoredRecord> RocksDbCore::GetRecord(std::string_view tenant, std::string_view kb,
@@ -401,13 +391,11 @@ absl::StatusOr<bool> RocksDbCore::TakeHits(const ReadView& view, const Query& qu
     }
     if (!there && view.look_again) return absl::AbortedError("the index is ahead of the view");
     if (!matches) continue;
-    absl::StatusOr<uint64_t> bytes = RecordBytes(view, c.key.record_id);
-    if (!bytes.ok()) return bytes.status();
     taken.insert(c.key.record_id);
     Hit hit;
     hit.record_id = c.key.record_id;
     hit.score = c.score;
-    hit.record_bytes = *bytes;
+    hit.record_bytes = sources->front().record_bytes;
     for (SourceRow& s : *sources) hit.sources.push_back(std::move(s.source));
     hits->push_back(std::move(hit));
     if (hits->size() == query.top_k) return true;

@@ -1,8 +1,10 @@
 // Puts and deletes. Every change is made ready under the write lock, written as one batch, then
 // applied to the index; it is synced outside the lock, together with whatever else waits.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 
+#include "memory_server/dot.h"
 #include "memory_server/message.h"
 #include "memory_server/rocksdb_change.h"
 #include "memory_server/rocksdb_core.h"
@@ -66,8 +68,6 @@ std::string RecordKey(const KnowledgeBase& kb, const RecordId& id) {
   return key;
 }
 
-std::string HeldKey(const KnowledgeBase& kb, const RecordId& id) { return RecordKey(kb, id); }
-
 std::string ReferenceKey(const KnowledgeBase& kb, const RecordId& id, uint64_t embedding_hash,
                          uint64_t segment, std::string_view suffix) {
   std::string key;
@@ -101,7 +101,9 @@ absl::StatusOr<RocksDbCore::Batch> RocksDbCore::Prepare(const KnowledgeBase& kb,
                                                         std::span<const NewEntry> entries) const {
   Batch batch;
   batch.entries.reserve(entries.size());
-  absl::flat_hash_map<std::string, size_t> named;
+  absl::flat_hash_map<absl::string_view, size_t> named;  // of suffixes in batch.entries
+  named.reserve(entries.size());
+  batch.records.reserve(entries.size());
   for (const NewEntry& e : entries) {
     if (absl::Status s = CheckSource(e.source); !s.ok()) return s;
     if (e.embedding.size() != kb.spec.embedding_dimension) {
@@ -120,30 +122,45 @@ absl::StatusOr<RocksDbCore::Batch> RocksDbCore::Prepare(const KnowledgeBase& kb,
       if (absl::Status s = CheckRecordOf(kb, e); !s.ok()) return s;
       batch.records.try_emplace(e.record_id, e.record);
     }
-    auto [it, fresh] = named.try_emplace(p.suffix, batch.entries.size());
-    if (fresh) {
-      batch.entries.push_back(std::move(p));
+    if (auto it = named.find(p.suffix); it != named.end()) {
+      Prepared& earlier = batch.entries[it->second];
+      p.suffix = std::move(earlier.suffix);  // `named` points into it
+      earlier = std::move(p);
     } else {
-      batch.entries[it->second] = std::move(p);
+      batch.entries.push_back(std::move(p));
+      named.emplace(batch.entries.back().suffix, batch.entries.size() - 1);
     }
   }
   return batch;
 }
 
 absl::Status NormaliseEmbedding(Metric metric, std::vector<float>* v) {
-  double squares = 0;
-  for (size_t i = 0; i < v->size(); ++i) {
-    float x = (*v)[i];
-    if (!std::isfinite(x)) {
-      return absl::InvalidArgumentError(
-          Message("number ", i, " is ", std::isnan(x) ? "NaN" : "infinite"));
+  const auto n = static_cast<int64_t>(v->size());
+  double squares = Dot(v->data(), v->data(), n);
+  if (!std::isfinite(squares)) {  // a number that is not finite, or only its square
+    squares = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double x = (*v)[i];
+      if (!std::isfinite(x)) {
+        return absl::InvalidArgumentError(
+            Message("number ", i, " is ", std::isnan(x) ? "NaN" : "infinite"));
+      }
+      squares += x * x;
     }
-    squares += static_cast<double>(x) * x;
   }
   if (metric == Metric::kInnerProduct) return absl::OkStatus();
-  if (squares == 0) return absl::OkStatus();
-  double scale = 1 / std::sqrt(squares);
-  for (float& x : *v) x = static_cast<float>(x * scale);
+  if (squares < FLT_MIN) {  // so small that f32 squares lose digits, or zero
+    squares = 0;
+    for (float x : *v) squares += static_cast<double>(x) * x;
+    if (squares == 0) return absl::OkStatus();
+  }
+  const double length = std::sqrt(squares);
+  if (length > 1e-30 && length < 1e30) {
+    const auto scale = static_cast<float>(1 / length);
+    for (float& x : *v) x *= scale;
+  } else {
+    for (float& x : *v) x = static_cast<float>(x / length);
+  }
   return absl::OkStatus();
 }
 
@@ -180,26 +197,28 @@ absl::Status RocksDbCore::PutEntry(const KnowledgeBase& kb, const std::string& s
                                    uint64_t segment, const Prepared& p, const Batch& batch,
                                    bool replaced, Change* change, uint64_t* new_records) {
   const NewEntry& e = *p.entry;
-  const std::string held_key = HeldKey(kb, e.record_id);
   rocksdb::WriteBatch& out = change->batch;
-  bool held = change->new_records.contains(e.record_id);
-  if (!held) {
-    absl::StatusOr<bool> has = db_->Has(kReferences, held_key, nullptr);
-    if (!has.ok()) return has.status();
-    held = *has;
-    if (!held) {
-      auto bytes = batch.records.find(e.record_id);
-      if (bytes == batch.records.end()) {
-        return absl::NotFoundError(Message("entry (\"", e.source.document_id, "\", ",
-                                           e.source.ordinal, "): record ", e.record_id.ToHex(),
-                                           " is not held and was not sent"));
-      }
-      ByteWriter size;
-      size.U64(bytes->second.size());
-      out.Put(db_->family(kReferences), held_key, size.str());
-      out.Put(db_->family(kRecords), held_key, ToSlice(bytes->second));
+  uint64_t record_bytes = 0;
+  auto given = batch.records.find(e.record_id);
+  if (change->new_records.contains(e.record_id)) {
+    record_bytes = given->second.size();
+  } else {
+    // A record that is not there costs a look at a filter; one that is, less than writing it again.
+    const std::string key = RecordKey(kb, e.record_id);
+    rocksdb::PinnableSlice there;
+    absl::StatusOr<bool> held = db_->Get(kRecords, key, nullptr, &there);
+    if (!held.ok()) return held.status();
+    if (*held) {
+      record_bytes = there.size();
+    } else if (given != batch.records.end()) {
+      record_bytes = given->second.size();
+      out.Put(db_->family(kRecords), key, ToSlice(given->second));
       change->new_records.insert(e.record_id);
       ++*new_records;
+    } else {
+      return absl::NotFoundError(Message("entry (\"", e.source.document_id, "\", ",
+                                         e.source.ordinal, "): record ", e.record_id.ToHex(),
+                                         " is not held and was not sent"));
     }
   }
   out.Put(
@@ -210,7 +229,8 @@ absl::Status RocksDbCore::PutEntry(const KnowledgeBase& kb, const std::string& s
   if (change->track) change->AddReference(std::move(key), e.record_id, p.hash);
 
   std::string row_key = segment_prefix + p.suffix;
-  out.Put(db_->family(kEntries), row_key, EncodeEntryRow(e.record_id, p.hash, e.source));
+  out.Put(db_->family(kEntries), row_key,
+          EncodeEntryRow(e.record_id, p.hash, record_bytes, e.source));
   if (!e.source.text.empty()) {
     out.Put(db_->family(kTexts), row_key, e.source.text);
   } else if (replaced) {
@@ -255,7 +275,7 @@ absl::Status RocksDbCore::DropUnreferenced(const KnowledgeBase& kb, Change* chan
   for (const auto& [id, hashes] : change->unreferenced) {
     std::set<uint64_t> still;  // embeddings of this knowledge base with a reference left
     bool any = false;
-    const std::string prefix = HeldKey(kb, id);
+    const std::string prefix = RecordKey(kb, id);
     for (auto key = change->added_references.lower_bound(prefix);
          key != change->added_references.end() && key->compare(0, prefix.size(), prefix) == 0;
          ++key) {
@@ -272,7 +292,6 @@ absl::Status RocksDbCore::DropUnreferenced(const KnowledgeBase& kb, Change* chan
     auto it = db_->Iterate(kReferences, options);
     for (it->Seek(prefix); it->Valid(); it->Next()) {
       std::string_view key = ToView(it->key());
-      if (key.size() == prefix.size()) continue;  // says only that it is held
       if (change->removed_references.count(std::string(key)) != 0) continue;
       Reference r;
       if (!ParseReference(key.substr(prefix.size()), &r)) {
@@ -290,7 +309,6 @@ absl::Status RocksDbCore::DropUnreferenced(const KnowledgeBase& kb, Change* chan
       }
     }
     if (!any) {
-      change->batch.Delete(db_->family(kReferences), prefix);
       change->batch.Delete(db_->family(kRecords), prefix);
     }
   }
@@ -303,7 +321,7 @@ absl::StatusOr<std::set<uint64_t>> RocksDbCore::VisibleEmbeddings(
     const KnowledgeBase& kb, const Stack& stack, const RecordId& id, const Change* change,
     const rocksdb::Snapshot* snapshot) const {
   std::set<uint64_t> visible;
-  const std::string held = HeldKey(kb, id);
+  const std::string held = RecordKey(kb, id);
   std::string begin = held;
   AppendBig64(&begin, kb.id);
   std::string end = PrefixEnd(begin);
@@ -472,7 +490,7 @@ absl::StatusOr<PutResult> RocksDbCore::Put(std::string_view tenant, std::string_
     std::shared_ptr<const Stack> stack = v->GetStack();
     const Segment& top = *stack->back();
     const std::string top_prefix = kb.SegmentPrefix(top.id);
-    Change change;
+    Change change(&scratch_);
     absl::flat_hash_set<std::string> documents;  // looked up
     for (const Prepared& p : batch->entries) {
       absl::StatusOr<std::optional<FoundRow>> old =
@@ -594,7 +612,7 @@ absl::StatusOr<DeleteResult> RocksDbCore::DeleteRecords(std::string_view tenant,
     std::set<std::string> documents;  // keys of documents that lost an entry
     for (const RecordId& id : std::set<RecordId>(ids.begin(), ids.end())) {
       bool below = loading;
-      const std::string held = HeldKey(kb, id);
+      const std::string held = RecordKey(kb, id);
       std::string begin = held;
       AppendBig64(&begin, kb.id);
       std::string end = PrefixEnd(begin);
