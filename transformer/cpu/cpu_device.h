@@ -1,8 +1,9 @@
 // The CPU device: the reference the others are tested against.
 //
 // Packed weights are multiplied by our own kernels, chosen at run time for the CPU found
-// (transformer/cpu/kernels.h); trainable weights, plain matrices that change every step, by oneDNN.
-// Work is shared among `threads` OpenMP threads, the runtime oneDNN uses too.
+// (transformer/cpu/kernels.h), trainable ones, plain matrices that change every step, likewise;
+// their backward products are oneDNN's. Work is shared among `threads` OpenMP threads, the runtime
+// oneDNN uses too.
 //
 // Every output row depends on that row's inputs alone and is summed in one fixed order, whatever
 // the batch, the slice and the number of threads: see device.h, Determinism.

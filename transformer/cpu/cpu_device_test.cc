@@ -197,19 +197,29 @@ TEST_P(CpuDeviceTest, ThreadsDoNotChangeAProduct) {
   }
 }
 
+// The same sums as the packed weight's, so the same bits in every batch, too.
 TEST_P(CpuDeviceTest, TrainableProductsFollowTheMatrix) {
-  constexpr int64_t kIn = 192, kOut = 200, kRows = 40;
-  std::vector<float> x = Random(kRows * kIn, 1);
-  std::vector<float> w = Random(kOut * kIn, 2);
-  const auto weight = device_->TrainableWeight(View(w, kOut, kIn), nullptr);
-  std::vector<float> all(kRows * kOut);
-  device_->MatMul(View(all, kRows, kOut), View(x, kRows, kIn), *weight, false);
-  EXPECT_LE(Difference(all, Reference(x, w, {kRows, kIn, kOut}, WeightFormat::kF32)), 2e-6);
-  w[0] += 1;  // the weight is the matrix itself
-  std::vector<float> again(kRows * kOut);
-  device_->MatMul(View(again, kRows, kOut), View(x, kRows, kIn), *weight, false);
-  EXPECT_NE(all[0], again[0]);
-  EXPECT_EQ(all[1], again[1]);
+  for (const auto& [in, out] : {std::pair<int64_t, int64_t>{192, 200}, {1155, 70}}) {
+    constexpr int64_t kRows = 40;
+    std::vector<float> x = Random(kRows * in, 1), w = Random(out * in, 2);
+    const auto weight = device_->TrainableWeight(View(w, out, in), nullptr);
+    for (const int64_t rows : {int64_t{1}, int64_t{7}, kRows}) {
+      std::vector<float> y = Random(kRows * out, 3), packed = y;
+      const std::vector<float> start = y;
+      device_->MatMul(View(y, kRows, out).Rows(0, rows), View(x, kRows, in).Rows(0, rows), *weight,
+                      true);
+      device_->MatMul(View(packed, kRows, out).Rows(0, rows), View(x, kRows, in).Rows(0, rows),
+                      *Pack(w, out, in, WeightFormat::kF32), true);
+      EXPECT_EQ(y, packed);
+      EXPECT_NE(y, start);
+    }
+    std::vector<float> before(kRows * out), after(kRows * out);
+    device_->MatMul(View(before, kRows, out), View(x, kRows, in), *weight, false);
+    w[0] += 1;  // the weight is the matrix itself
+    device_->MatMul(View(after, kRows, out), View(x, kRows, in), *weight, false);
+    EXPECT_NE(before[0], after[0]);
+    EXPECT_EQ(before[1], after[1]);
+  }
 }
 
 TEST_P(CpuDeviceTest, StridedViewsLeaveTheRestAlone) {
