@@ -28,7 +28,7 @@ struct SamplingOptions {
   float repetition_penalty =
       1;                       // (0, 10]: divides positive logits of tokens seen, multiplies others
   float presence_penalty = 0;  // [-2, 2]: taken off tokens generated
-  float frequency_penalty = 0;                        // [-2, 2]: the same per time generated
+  float frequency_penalty = 0;                             // [-2, 2]: the same per time generated
   std::vector<std::pair<int32_t, float>> logit_bias = {};  // token id, [-100, 100] added
   uint64_t seed = 0;
 };

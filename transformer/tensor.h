@@ -10,12 +10,11 @@
 
 namespace memory3 {
 
-// bfloat16 is the upper half of an IEEE float. Conversions round to nearest even (transformer/bf16.h).
+// bfloat16 is the upper half of an IEEE float. Conversions round to nearest even
+// (transformer/bf16.h).
 enum class DType : uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI32 = 3 };
 
-constexpr int64_t SizeOf(DType type) {
-  return type == DType::kF32 || type == DType::kI32 ? 4 : 2;
-}
+constexpr int64_t SizeOf(DType type) { return type == DType::kF32 || type == DType::kI32 ? 4 : 2; }
 
 class Device;
 
