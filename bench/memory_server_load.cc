@@ -1,6 +1,7 @@
 // memory_server_load: the store's bulk load over bare RocksDB that writes the same records, entry
 // rows, texts and embeddings with the same options, write-ahead log, batches and final sync.
 //   memory_server_load [--scale 0.05] [--directory DIR] [--out DIR] [--layouts] [--recovery]
+//   [--only 1k]
 // --scale 1 is the size the target is stated for (200 k x 38.5 KiB, 20 k x 440 KiB, 1 M x 1 KiB; 19
 // GB of disk at a time). --layouts compares blob files with plain tables for records instead.
 // --recovery also times opening 1 M small records after a kill.
@@ -278,7 +279,7 @@ double Recovery(const std::string& directory, uint64_t count) {
 
 int Main(int argc, char** argv) {
   double scale = 0.05;
-  std::string directory, out = "build/bench";
+  std::string directory, only, out = "build/bench";
   bool layouts = false, recovery = false;
   for (int i = 1; i < argc; ++i) {
     const std::string flag = argv[i];
@@ -288,6 +289,8 @@ int Main(int argc, char** argv) {
       recovery = true;
     } else if (i + 1 < argc && flag == "--scale") {
       scale = std::atof(argv[++i]);
+    } else if (i + 1 < argc && flag == "--only") {
+      only = argv[++i];
     } else if (i + 1 < argc && flag == "--directory") {
       directory = argv[++i];
     } else if (i + 1 < argc && flag == "--out") {
@@ -306,6 +309,7 @@ int Main(int argc, char** argv) {
   }
   double worst = 1e9;
   for (const Shape& shape : kShapes) {
+    if (!only.empty() && only != shape.name) continue;
     const Data data(shape);
     const auto count =
         std::max<uint64_t>(1000, static_cast<uint64_t>(scale * static_cast<double>(shape.count)));

@@ -39,6 +39,7 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbStoreOptions& options) {
   if (options.env != nullptr) o.env = options.env;
   o.max_background_jobs = 4;
   o.bytes_per_sync = uint64_t{1} << 20;
+  o.wal_bytes_per_sync = uint64_t{1} << 20;  // so that no sync finds much to do
   o.max_total_wal_size = 4 * options.write_buffer_bytes;
   o.max_open_files = 4096;
   o.keep_log_file_num = 4;
@@ -69,12 +70,16 @@ rocksdb::ColumnFamilyOptions FamilyOptions(Family family, const RocksDbStoreOpti
       o.enable_blob_garbage_collection = true;
       o.blob_garbage_collection_age_cutoff = 0.25;
       o.blob_garbage_collection_force_threshold = 0.5;
+      // Puts ask here whether a record is held.
+      o.memtable_whole_key_filtering = true;
+      o.memtable_prefix_bloom_size_ratio = 0.001;
       break;
     case kEmbeddings:
       o.write_buffer_size = options.write_buffer_bytes;
       o.max_write_buffer_number = 3;
       break;
     case kReferences:
+      break;
     case kEntries:
       o.memtable_whole_key_filtering = true;
       o.memtable_prefix_bloom_size_ratio = 0.02;

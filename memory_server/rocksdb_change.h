@@ -42,7 +42,8 @@ struct RocksDbCore::Prepared {
 };
 
 struct RocksDbCore::Batch {
-  std::vector<Prepared> entries;  // the last of each name, in order of first mention
+  std::vector<Prepared> entries;             // the last of each name, in order of first mention
+  std::vector<uint32_t> by_record, by_name;  // their positions, sorted
   absl::flat_hash_map<RecordId, std::string_view> records;  // bytes given
 };
 

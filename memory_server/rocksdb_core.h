@@ -229,9 +229,9 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
   absl::StatusOr<Batch> Prepare(const KnowledgeBase& kb, std::span<const NewEntry> entries) const;
   absl::Status CheckNoReplace(const KnowledgeBase& kb) const;
   bool HasOpenAppend(const KnowledgeBase& kb) const;
-  absl::Status PutEntry(const KnowledgeBase& kb, const std::string& segment_prefix,
-                        uint64_t segment, const Prepared& entry, const Batch& batch, bool replaced,
-                        Change* change, uint64_t* new_records);
+  absl::Status PutEntries(const KnowledgeBase& kb, const std::string& segment_prefix,
+                          uint64_t segment, const Batch& batch, const std::vector<bool>& replaced,
+                          Change* change, uint64_t* new_records);
   absl::Status RemoveRow(const KnowledgeBase& kb, const std::string& segment_prefix,
                          uint64_t segment, std::string_view suffix, const EntryRow& row,
                          bool leave_tombstone, Change* change);

@@ -157,6 +157,7 @@ absl::StatusOr<PutResult> RocksDbCore::PutLoad(std::string_view tenant, std::str
       const std::string prefix = kb.SegmentPrefix(segment.id);
       // Entries the load has already are replaced.
       std::vector<std::optional<EntryRow>> old(batch->entries.size());
+      std::vector<bool> replaced(old.size());
       Change change(&scratch_);
       change.track = false;
       for (size_t i = 0; i < old.size() && segment.rows; ++i) {
@@ -174,6 +175,7 @@ absl::StatusOr<PutResult> RocksDbCore::PutLoad(std::string_view tenant, std::str
       for (size_t i = 0; i < old.size(); ++i) {
         const Prepared& p = batch->entries[i];
         if (old[i]) {
+          replaced[i] = true;
           if (absl::Status s = RemoveRow(kb, prefix, segment.id, p.suffix, *old[i], false, &change);
               !s.ok()) {
             return s;
@@ -184,11 +186,11 @@ absl::StatusOr<PutResult> RocksDbCore::PutLoad(std::string_view tenant, std::str
           auto bytes = batch->records.find(p.entry->record_id);
           if (bytes != batch->records.end()) info.bytes += bytes->second.size();
         }
-        if (absl::Status s = PutEntry(kb, prefix, segment.id, p, *batch, old[i].has_value(),
-                                      &change, &result.new_records);
-            !s.ok()) {
-          return s;
-        }
+      }
+      if (absl::Status s =
+              PutEntries(kb, prefix, segment.id, *batch, replaced, &change, &result.new_records);
+          !s.ok()) {
+        return s;
       }
       if (absl::Status s = DropUnreferenced(kb, &change); !s.ok()) return s;
       ByteWriter progress;
