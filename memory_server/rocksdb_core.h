@@ -158,7 +158,9 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
   absl::StatusOr<DocumentPage> ListLoadedDocuments(std::string_view tenant,
                                                    std::string_view load_id, uint32_t page_size,
                                                    std::string_view page_token);
-  absl::StatusOr<LoadInfo> CommitLoad(std::string_view tenant, std::string_view load_id, bool wait);
+  absl::StatusOr<LoadInfo> CommitLoad(std::string_view tenant, std::string_view load_id);
+  // Returns when it is no longer INDEXING.
+  absl::StatusOr<LoadInfo> AwaitLoad(std::string_view tenant, std::string_view load_id);
   absl::StatusOr<LoadInfo> AbortLoad(std::string_view tenant, std::string_view load_id);
   absl::StatusOr<LoadInfo> GetLoad(std::string_view tenant, std::string_view load_id);
   absl::StatusOr<std::vector<LoadInfo>> ListLoads(std::string_view tenant, std::string_view kb);

@@ -259,8 +259,8 @@ absl::StatusOr<std::vector<LoadInfo>> RocksDbCore::ListLoads(std::string_view te
   return all;
 }
 
-absl::StatusOr<LoadInfo> RocksDbCore::CommitLoad(std::string_view tenant, std::string_view load_id,
-                                                 bool wait) {
+absl::StatusOr<LoadInfo> RocksDbCore::CommitLoad(std::string_view tenant,
+                                                 std::string_view load_id) {
   absl::StatusOr<std::shared_ptr<Load>> found = FindLoad(tenant, load_id);
   if (!found.ok()) return found.status();
   Load& load = **found;
@@ -289,7 +289,14 @@ absl::StatusOr<LoadInfo> RocksDbCore::CommitLoad(std::string_view tenant, std::s
       work_.notify_all();
     }
   }
-  if (wait) {
+  return SnapshotOf(load);
+}
+
+absl::StatusOr<LoadInfo> RocksDbCore::AwaitLoad(std::string_view tenant, std::string_view load_id) {
+  absl::StatusOr<std::shared_ptr<Load>> found = FindLoad(tenant, load_id);
+  if (!found.ok()) return found.status();
+  Load& load = **found;
+  {
     std::unique_lock lock(load.mu);
     load.ended.wait(lock, [&] { return load.info.state != LoadState::kIndexing || stopping(); });
     if (load.info.state == LoadState::kIndexing) {

@@ -167,7 +167,13 @@ class RocksDbStore : public MemoryStore {
   }
   absl::StatusOr<LoadInfo> CommitLoad(std::string_view tenant, std::string_view load_id,
                                       bool wait) override {
-    return With([&](RocksDbCore& c) { return c.CommitLoad(tenant, load_id, wait); });
+    std::shared_ptr<RocksDbCore> core = Core();
+    if (core == nullptr) return Closed();
+    absl::StatusOr<LoadInfo> begun =
+        With([&](RocksDbCore& c) { return c.CommitLoad(tenant, load_id); });
+    if (!begun.ok() || !wait) return begun;
+    // Not behind the gate: a restore must not hold up everybody until an index is built.
+    return core->AwaitLoad(tenant, load_id);
   }
   absl::StatusOr<LoadInfo> AbortLoad(std::string_view tenant, std::string_view load_id) override {
     return With([&](RocksDbCore& c) { return c.AbortLoad(tenant, load_id); });
