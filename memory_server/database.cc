@@ -6,11 +6,13 @@
 #include <rocksdb/filter_policy.h>
 #include <rocksdb/listener.h>
 #include <rocksdb/table.h>
+#include <spdlog/spdlog.h>
 
 #include <algorithm>
 #include <chrono>
 
 #include "memory_server/message.h"
+#include "memory_server/rocksdb_crc32c.h"
 
 namespace memory3 {
 namespace {
@@ -122,6 +124,7 @@ class Database::Listener : public rocksdb::EventListener {
 absl::StatusOr<std::shared_ptr<Database>> Database::Open(const std::string& directory,
                                                          const RocksDbStoreOptions& options) {
   std::shared_ptr<Database> d(new Database);
+  if (!RocksDbUsesOurCrc32c()) spdlog::info("RocksDB computes checksums its own way");
   rocksdb::DBOptions o = DatabaseOptions(options);
   d->env_ = o.env;
   o.listeners.push_back(std::make_shared<Listener>(d.get()));
