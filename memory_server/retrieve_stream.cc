@@ -18,11 +18,11 @@
 namespace memory3 {
 namespace {
 
-// A message stays below gRPC's default limit of 4 MiB, hits and framing included where they are not
-// huge.
-constexpr int64_t kMessageBytes = 3 * kMaxPieceBytes;
+// Of records in a message, unless a single piece is longer. Well below gRPC's default limit of 4
+// MiB, and short, so that the client checks what has come while the rest is on its way.
+constexpr int64_t kMessageBytes = kMaxPieceBytes / 2;
 // Records read from the store, and pinned, at a time.
-constexpr int64_t kReadAheadBytes = 8 * kMaxPieceBytes;
+constexpr int64_t kReadAheadBytes = kMaxPieceBytes;
 // Versions a stream keeps readable.
 constexpr size_t kMaxPins = 64;
 
