@@ -93,6 +93,31 @@ double Recall(const BaseIndex& index, const Corpus& corpus) {
   return static_cast<double>(found) / static_cast<double>(wanted);
 }
 
+TEST(DotTest, EveryWayOfComputingAScoreGivesTheSameNumber) {
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  for (int n : {1, 8, 15, 16, 17, 48, 384, 1000}) {
+    constexpr int kRows = 11;
+    std::vector<float> query(n), rows(kRows * n), a(kRows), b(kRows);
+    std::vector<int8_t> codes(kRows * n);
+    for (float& x : query) x = normal(random);
+    for (float& x : rows) x = normal(random);
+    for (int8_t& c : codes) c = static_cast<int8_t>(random());
+    DotRows(query.data(), rows.data(), kRows, n, a.data());
+    DotRowsInt8(query.data(), codes.data(), kRows, n, b.data());
+    for (int r = 0; r < kRows; ++r) {
+      EXPECT_EQ(a[r], Dot(query.data(), &rows[r * n], n));
+      EXPECT_EQ(b[r], DotInt8(query.data(), &codes[r * n], n));
+      double exact = 0, size = 0;
+      for (int i = 0; i < n; ++i) {
+        exact += static_cast<double>(query[i]) * codes[r * n + i];
+        size += std::abs(static_cast<double>(query[i]) * codes[r * n + i]);
+      }
+      EXPECT_NEAR(b[r], exact, 1e-6 * size);
+    }
+  }
+}
+
 TEST(BaseIndexTest, FlatIsExactWithTiesByKey) {
   Corpus corpus(500);
   for (size_t i = 100; i < 110; ++i) corpus.vectors[i] = corpus.vectors[100];

@@ -90,6 +90,7 @@ absl::Status RocksDbCore::DeleteKnowledgeBase(std::string_view tenant, std::stri
       v->dropped = true;
       if (v->pins > 0) zombies_.push_back(v);
     }
+    kb->versions.clear();  // they name it in turn
     for (auto& [id, segment] : segments) garbage_.emplace_back(kb, segment);
   }
   WakeMaintenance();

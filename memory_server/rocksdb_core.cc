@@ -69,7 +69,11 @@ absl::StatusOr<std::shared_ptr<RocksDbCore>> RocksDbCore::Open(const std::string
   return core;
 }
 
-RocksDbCore::~RocksDbCore() { Stop(); }
+RocksDbCore::~RocksDbCore() {
+  Stop();
+  // Versions and their knowledge base name each other.
+  for (auto& [key, kb] : kbs_) kb->versions.clear();
+}
 
 void RocksDbCore::Stop() {
   stop_ = true;
