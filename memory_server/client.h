@@ -98,6 +98,8 @@ class RetrieveStream {
   void Send(v1::RetrieveRequest request, Callback done);
   // Send, and wait for the answer.
   absl::StatusOr<RetrieveAnswer> Retrieve(v1::RetrieveRequest request);
+  // Ends the stream without waiting: a Send that blocks returns, callbacks under way get CANCELLED.
+  void Cancel() { context_->TryCancel(); }
   // What ended the stream; OK while it lives.
   absl::Status ended() const {
     absl::MutexLock lock(&mutex_);

@@ -1,0 +1,161 @@
+#include "inference_server/embedded_memory_source.h"
+
+#include <utility>
+
+#include "absl/time/clock.h"
+
+namespace memory3 {
+namespace {
+
+v1::KnowledgeBaseSpec ReadableParts(const KnowledgeBaseSpec& spec) {
+  v1::KnowledgeBaseSpec proto;
+  proto.set_name(spec.name);
+  proto.set_writer_fingerprint(std::string(spec.writer_fingerprint.view()));
+  proto.set_embedder_fingerprint(std::string(spec.embedder_fingerprint.view()));
+  proto.set_embedding_dimension(spec.embedding_dimension);
+  v1::Geometry& geometry = *proto.mutable_geometry();
+  geometry.mutable_memory_layers()->Add(spec.geometry.memory_layers.begin(),
+                                        spec.geometry.memory_layers.end());
+  geometry.set_kv_heads(spec.geometry.kv_heads);
+  geometry.set_head_dim(spec.geometry.head_dim);
+  geometry.set_tokens_kept(spec.geometry.tokens_kept);
+  geometry.set_reference_tokens(spec.geometry.reference_tokens);
+  return proto;
+}
+
+v1::Source ToWire(const Source& source) {
+  v1::Source proto;
+  proto.set_document_id(source.document_id);
+  proto.set_ordinal(source.ordinal);
+  proto.set_title(source.title);
+  proto.set_uri(source.uri);
+  proto.set_char_begin(source.char_begin);
+  proto.set_char_end(source.char_end);
+  proto.set_text(source.text);
+  proto.mutable_metadata()->insert(source.metadata.begin(), source.metadata.end());
+  return proto;
+}
+
+}  // namespace
+
+class EmbeddedMemorySource::Base final
+    : public MemoryBase,
+      public std::enable_shared_from_this<EmbeddedMemorySource::Base> {
+ public:
+  Base(EmbeddedMemorySource* source, std::shared_ptr<const VersionPin> pin,
+       std::shared_ptr<const Codec> codec)
+      : MemoryBase(pin->tenant(), pin->knowledge_base(), pin->version(), std::move(codec)),
+        source_(source),
+        pin_(std::move(pin)) {}
+
+  void Retrieve(SourceRequest request, SourceCallback done) override {
+    source_->worker_.Add([self = shared_from_this(), request = std::move(request),
+                          done = std::move(done)] { done(self->Search(request)); });
+  }
+
+  void Evicted(const RecordId& id) override {
+    absl::MutexLock lock(&mutex_);
+    sent_.erase(id);
+  }
+
+ private:
+  absl::StatusOr<SourceAnswer> Search(const SourceRequest& request) {
+    if (absl::Now() >= request.deadline) {
+      return absl::DeadlineExceededError("the retrieval's time was over before it began");
+    }
+    std::vector<Query> queries;
+    for (const SourceQuery& query : request.queries) {
+      Query& q = queries.emplace_back();
+      q.embedding = query.embedding;
+      q.top_k = query.top_k;
+      q.min_score = query.min_score;
+      q.filter.document_ids.assign(query.filter.document_ids().begin(),
+                                   query.filter.document_ids().end());
+      for (const auto& [key, value] : query.filter.metadata()) q.filter.metadata[key] = value;
+    }
+    absl::StatusOr<RetrieveResult> found = source_->store_->Retrieve(
+        *pin_, queries, {.with_text = request.with_text, .deadline = request.deadline});
+    if (!found.ok()) return found.status();
+    SourceAnswer answer;
+    std::vector<RecordId> wanted;
+    {
+      absl::MutexLock lock(&mutex_);
+      for (const RecordId& id : request.missing) sent_.erase(id);
+      for (const std::vector<Hit>& hits : found->queries) {
+        std::vector<SourceHit>& out = answer.queries.emplace_back();
+        for (const Hit& hit : hits) {
+          SourceHit& h = out.emplace_back(SourceHit{hit.record_id, hit.score, {}});
+          for (const Source& source : hit.sources) h.sources.push_back(ToWire(source));
+          if (sent_.insert(hit.record_id).second) wanted.push_back(hit.record_id);
+        }
+      }
+    }
+    if (wanted.empty()) return answer;
+    const std::vector<absl::StatusOr<RecordView>> records = found->records->Read(wanted);
+    absl::Status failure;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      if (records[i].ok()) {
+        answer.records[wanted[i]] = {records[i]->bytes, records[i]->owner};
+      } else {
+        failure = records[i].status();
+      }
+    }
+    if (failure.ok()) return answer;
+    // None of these bytes will arrive, so none of them is here.
+    absl::MutexLock lock(&mutex_);
+    for (const RecordId& id : wanted) sent_.erase(id);
+    return failure;
+  }
+
+  EmbeddedMemorySource* const source_;
+  const std::shared_ptr<const VersionPin> pin_;
+  absl::Mutex mutex_;
+  absl::flat_hash_set<RecordId> sent_ ABSL_GUARDED_BY(mutex_);  // and not Evicted since
+};
+
+EmbeddedMemorySource::EmbeddedMemorySource(MemoryStore* store, ReaderIdentity reader)
+    : store_(store), reader_(std::move(reader)), worker_(1) {}
+
+absl::StatusOr<std::shared_ptr<MemoryBase>> EmbeddedMemorySource::Open(
+    std::string_view tenant, std::string_view knowledge_base) {
+  absl::StatusOr<std::shared_ptr<const VersionPin>> pin =
+      store_->Pin(tenant, knowledge_base, std::nullopt);
+  if (!pin.ok()) return pin.status();
+  if (absl::Status status = CheckReadable(ReadableParts((*pin)->spec()), reader_); !status.ok())
+    return status;
+  const std::pair<std::string, std::string> key(tenant, (*pin)->knowledge_base());
+  {
+    absl::MutexLock lock(&mutex_);
+    if (const auto known = bases_.find(key); known != bases_.end()) {
+      if (std::shared_ptr<Base> base = known->second.lock();
+          base != nullptr && base->version() == (*pin)->version())
+        return base;
+    }
+  }
+  std::string codebook;
+  if ((*pin)->spec().codec == CodecId::kVq) {
+    absl::StatusOr<KnowledgeBaseInfo> info =
+        store_->GetKnowledgeBase(tenant, key.second, /*with_codebook=*/true);
+    if (!info.ok()) return info.status();
+    codebook = std::move(info->spec.codebook);
+  }
+  absl::StatusOr<std::unique_ptr<Codec>> codec =
+      MakeCodec((*pin)->spec().codec, (*pin)->spec().geometry.head_dim, codebook);
+  if (!codec.ok()) return codec.status();
+  auto base = std::make_shared<Base>(this, *std::move(pin), *std::move(codec));
+  absl::MutexLock lock(&mutex_);
+  bases_[key] = base;
+  return base;
+}
+
+absl::StatusOr<std::vector<std::string>> EmbeddedMemorySource::List(std::string_view tenant) {
+  absl::StatusOr<std::vector<KnowledgeBaseInfo>> infos = store_->ListKnowledgeBases(tenant);
+  if (!infos.ok()) return infos.status();
+  std::vector<std::string> names;
+  for (const KnowledgeBaseInfo& info : *infos) {
+    if (CheckReadable(ReadableParts(info.spec), reader_).ok()) names.push_back(info.spec.name);
+  }
+  return names;
+}
+
+}  // namespace memory3

@@ -1,0 +1,444 @@
+// The engine against the offline loops: the same tokens, the same grid, whatever else is in the
+// batch, whoever joins, leaves or is preempted; and what happens when memories do not come.
+#include "inference_server/engine.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "inference_server/testing/engine_fixture.h"
+
+namespace memory3 {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+constexpr int kTopK = 3;
+
+class EngineTest : public ::testing::Test {
+ protected:
+  EngineTest() : device_(TestDevice()), config_(SmallConfig()) {
+    config_.explicit_memory->chunk_tokens = 64;
+    model_ = RandomModel(device_.get(), config_);
+    offline_device_ = TestDevice();
+    offline_ = TestDecoder(RandomModel(offline_device_.get(), config_));
+    std::vector<std::vector<int32_t>> references;
+    for (int i = 0; i < 13; ++i) references.push_back(RandomIds(config_, 8 + i, 50 + i));
+    memories_ = WriteMemories(*offline_, references);
+    base_ = std::make_shared<FakeBase>(memories_, config_.head_dim);
+  }
+  ~EngineTest() override {
+    engine_.reset();
+    reader_.reset();
+  }
+
+  void Start(DecoderOptions decoder = {}, EngineOptions options = {},
+             int64_t cache_bytes = 1 << 30) {
+    const ExplicitMemoryConfig& memory = *config_.explicit_memory;
+    reader_ = std::make_unique<MemoryReader>(
+        &embedder_, WriterOf("model"),
+        MemoryShape{static_cast<int>(memory.memory_layers.size()), config_.kv_heads,
+                    memory.tokens_kept, config_.head_dim},
+        MemoryReaderOptions{cache_bytes, 2});
+    options.model_name = "small";
+    auto engine = Engine::Create(TestDecoder(model_, decoder), &tokenizer_, reader_.get(), options);
+    ASSERT_TRUE(engine.ok()) << engine.status();
+    engine_ = *std::move(engine);
+  }
+
+  EngineRequest Request(std::vector<int32_t> prompt, int max_new_tokens, bool memory = true) {
+    EngineRequest request;
+    request.prompt = std::move(prompt);
+    request.max_new_tokens = max_new_tokens;
+    if (memory) request.memory.base = base_;
+    request.memory.references_per_chunk = kTopK;
+    return request;
+  }
+  std::shared_ptr<KeepingSink> Submit(EngineRequest request, uint64_t* number = nullptr) {
+    auto sink = std::make_shared<KeepingSink>();
+    auto submitted = engine_->Submit(std::move(request), sink);
+    EXPECT_TRUE(submitted.ok()) << submitted.status();
+    if (number != nullptr && submitted.ok()) *number = *submitted;
+    return sink;
+  }
+  std::shared_ptr<KeepingSink> Run(EngineRequest request) {
+    auto sink = Submit(std::move(request));
+    const absl::Status status = sink->Wait();
+    EXPECT_TRUE(status.ok()) << status;
+    return sink;
+  }
+  Generation Offline(const EngineRequest& request) {
+    GenerateOptions options{.layout = request.layout,
+                            .max_new_tokens = request.max_new_tokens,
+                            .min_new_tokens = request.min_new_tokens,
+                            .stop_ids = request.stop_token_ids,
+                            .sampling = request.sampling};
+    auto generation = Generate(
+        *offline_, request.prompt,
+        request.memory.base ? base_->Offline(&tokenizer_, request.memory.references_per_chunk)
+                            : RetrieveFunction(),
+        options);
+    EXPECT_TRUE(generation.ok()) << generation.status();
+    return *std::move(generation);
+  }
+  // Everything is given back.
+  void ExpectIdle() {
+    const EngineStats stats = IdleStats();
+    EXPECT_EQ(stats.running, 0);
+    EXPECT_EQ(stats.waiting, 0);
+    EXPECT_EQ(stats.kv_pages_used, 0);
+    EXPECT_EQ(stats.memory_slots_pinned, 0);
+  }
+  // A sink's End comes before the engine's thread has counted; one more request orders them.
+  EngineStats IdleStats() {
+    Run(Request({5}, 1, false));
+    EngineStats stats = engine_->stats();
+    const absl::Time limit = absl::Now() + absl::Seconds(60);
+    while (stats.running > 0 && absl::Now() < limit) {
+      std::this_thread::yield();
+      stats = engine_->stats();
+    }
+    return stats;
+  }
+
+  std::unique_ptr<Device> device_, offline_device_;
+  ModelConfig config_;
+  std::shared_ptr<const Model> model_;
+  std::unique_ptr<Decoder> offline_;
+  std::vector<ExplicitMemory> memories_;
+  std::shared_ptr<FakeBase> base_;
+  ByteTokenizer tokenizer_;
+  NumberEmbedder embedder_;
+  std::unique_ptr<MemoryReader> reader_;
+  std::unique_ptr<Engine> engine_;
+};
+
+TEST_F(EngineTest, AloneItEqualsTheOfflineLoopAndKeepsToTheGrid) {
+  Start({}, {.slice_tokens = 48});
+  for (const int in : {1, 63, 64, 65, 128}) {
+    for (const int out : {1, 64, 65, 129}) {
+      SCOPED_TRACE(absl::StrCat(in, " in, ", out, " out"));
+      const EngineRequest request = Request(RandomIds(config_, in, 3 * in + out), out);
+      const int queries = base_->queries();
+      const auto sink = Run(request);
+      const Generation expected = Offline(request);
+      EXPECT_EQ(sink->tokens_, expected.tokens);
+      const ChunkGrid grid(in, 64);
+      EXPECT_EQ(base_->queries() - queries, grid.Retrievals(out));
+      EXPECT_EQ(sink->finish_.usage().retrievals(), grid.Retrievals(out));
+      EXPECT_EQ(sink->finish_.reason(), v1::FINISH_REASON_LENGTH);
+      // What each chunk that was fed a token read. The last token is never fed.
+      const int chunks = grid.prompt_retrievals() + (out - 1 + 63) / 64;
+      ASSERT_EQ(sink->provenance_.size(), chunks);
+      for (int c = 0; c < chunks; ++c) {
+        const v1::ChunkProvenance& p = sink->provenance_[c];
+        const int of_prompt = grid.prompt_retrievals();
+        EXPECT_EQ(p.chunk(), c);
+        EXPECT_EQ(p.generated(), c >= of_prompt);
+        EXPECT_EQ(p.inherited(), c == of_prompt);
+        EXPECT_EQ(p.token_begin(), c < of_prompt ? 64 * c : in + 64 * (c - of_prompt));
+        EXPECT_EQ(p.token_end(),
+                  std::min<int>(p.token_begin() + 64, c < of_prompt ? in : in + out));
+        const ChunkRead& read = expected.reads[grid.RetrievalOf(p.token_begin())];
+        ASSERT_EQ(p.memories_size(), read.memory_ids.size());
+        for (int i = 0; i < p.memories_size(); ++i) {
+          EXPECT_EQ(p.memories(i).record_id(), read.memory_ids[i]);
+          EXPECT_EQ(p.memories(i).sources_size(), 1);
+          EXPECT_NE(p.memories(i).from(), v1::BYTE_SOURCE_UNSPECIFIED);
+        }
+      }
+    }
+  }
+  ExpectIdle();
+}
+
+TEST_F(EngineTest, MemoryChangesTheOutputAndOffIsTheOfflineLoopWithout) {
+  Start();
+  const std::vector<int32_t> prompt = RandomIds(config_, 40, 11);
+  const auto with = Run(Request(prompt, 50)), without = Run(Request(prompt, 50, false));
+  EXPECT_NE(with->tokens_, without->tokens_);
+  EXPECT_EQ(without->tokens_, Offline(Request(prompt, 50, false)).tokens);
+  EXPECT_TRUE(without->provenance_.empty());
+  EXPECT_EQ(with->prompt_.knowledge_base(), "kb");
+  EXPECT_EQ(with->prompt_.knowledge_base_version(), 3);
+  EXPECT_EQ(with->prompt_.token_ids_size(), 41);
+}
+
+// 32 requests, few pages, few slots and a small host cache: sequences join, leave and are
+// preempted, memories are evicted and come again.
+TEST_F(EngineTest, InACrowdedBatchEveryStreamIsItsOwn) {
+  const int64_t memory_bytes = memories_.back().values.size() * sizeof(float);
+  Start({.max_rows = 64, .max_logit_rows = 32, .kv_pages = 60, .memory_slots = 2 * kTopK + 1},
+        {.max_running = 12, .slice_tokens = 40}, 8 * memory_bytes);
+  std::mt19937 random(5);
+  std::vector<EngineRequest> requests;
+  std::vector<std::shared_ptr<KeepingSink>> sinks;
+  for (int i = 0; i < 32; ++i) {
+    EngineRequest request =
+        Request(RandomIds(config_, 1 + random() % 150, i), 1 + random() % 100, i % 4 != 0);
+    if (i % 3 == 0) request.sampling = {.temperature = 1, .seed = static_cast<uint64_t>(i)};
+    requests.push_back(request);
+  }
+  std::vector<Generation> expected;
+  for (const EngineRequest& request : requests) expected.push_back(Offline(request));
+  const int queries = base_->queries();
+  for (size_t i = 0; i < requests.size(); ++i) {
+    sinks.push_back(Submit(requests[i]));
+    if (i == 15) {
+      EXPECT_TRUE(sinks[0]->Wait().ok());  // the rest join a batch under way
+    }
+  }
+  int retrievals = 0;
+  for (size_t i = 0; i < sinks.size(); ++i) {
+    const absl::Status status = sinks[i]->Wait();
+    ASSERT_TRUE(status.ok()) << status;
+    EXPECT_EQ(sinks[i]->tokens_, expected[i].tokens) << i;
+    EXPECT_EQ(sinks[i]->finish_.usage().retrievals(), expected[i].reads.size());
+    retrievals += static_cast<int>(expected[i].reads.size());
+  }
+  const EngineStats stats = IdleStats();
+  EXPECT_GT(stats.preemptions, 0u);
+  EXPECT_GT(base_->evictions(), 0);
+  EXPECT_GE(base_->queries() - queries, retrievals);
+  EXPECT_LT(base_->requests(), base_->queries());  // some were asked for together
+  ExpectIdle();
+}
+
+TEST_F(EngineTest, CancelledAndAbortedAtRandomMomentsTheRestIsUnharmed) {
+  Start({.kv_pages = 80, .memory_slots = 4 * kTopK}, {.max_running = 8, .slice_tokens = 32});
+  std::mt19937 random(9);
+  std::vector<std::shared_ptr<KeepingSink>> kept, stopped;
+  std::vector<EngineRequest> requests;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 24; ++i) {
+    EngineRequest request = Request(RandomIds(config_, 1 + random() % 100, i), 40 + random() % 60);
+    if (i % 2 == 0) {
+      requests.push_back(request);
+      kept.push_back(Submit(request));
+      continue;
+    }
+    request.request_id = absl::StrCat("r", i);
+    auto sink = std::make_shared<KeepingSink>();
+    // Stopped at its k-th event, from another thread; some at once.
+    auto reached = std::make_shared<absl::Notification>();
+    auto left = std::make_shared<std::atomic<int>>(random() % 30);
+    if (*left == 0) {
+      reached->Notify();
+    } else {
+      sink->OnEvent([reached, left] {
+        if (--*left == 0) reached->Notify();
+      });
+    }
+    const auto number = engine_->Submit(request, sink);
+    ASSERT_TRUE(number.ok()) << number.status();
+    stopped.push_back(sink);
+    threads.emplace_back([this, reached, number = *number, i, id = request.request_id] {
+      reached->WaitForNotification();
+      if (i % 4 == 1) {
+        engine_->Cancel(number);
+      } else {
+        engine_->Abort("default", id).IgnoreError();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  int cancelled = 0, aborted = 0;
+  for (const auto& sink : stopped) {
+    const absl::Status status = sink->Wait();
+    EXPECT_TRUE(status.ok() || absl::IsCancelled(status)) << status;
+    cancelled += absl::IsCancelled(status);
+    aborted += sink->finish_.reason() == v1::FINISH_REASON_ABORTED;
+  }
+  EXPECT_GT(cancelled, 0);
+  EXPECT_GT(aborted, 0);
+  for (size_t i = 0; i < kept.size(); ++i) {
+    EXPECT_TRUE(kept[i]->Wait().ok());
+    EXPECT_EQ(kept[i]->tokens_, Offline(requests[i]).tokens) << i;
+  }
+  EXPECT_TRUE(absl::IsNotFound(engine_->Abort("default", "r1")));
+  ExpectIdle();
+}
+
+TEST_F(EngineTest, UnderADeadlineAChunkGoesOnWithoutLateMemories) {
+  Start();
+  base_->SetOpen(false);
+  EngineRequest request = Request(RandomIds(config_, 70, 21), 10);
+  request.memory.deadline = absl::Milliseconds(30);
+  const auto sink = Run(request);
+  request.memory.base = nullptr;
+  EXPECT_EQ(sink->tokens_, Offline(request).tokens);
+  ASSERT_EQ(sink->provenance_.size(), 3u);
+  for (const v1::ChunkProvenance& p : sink->provenance_) {
+    EXPECT_TRUE(p.timed_out());
+    EXPECT_FALSE(p.unavailable());
+    EXPECT_EQ(p.memories_size(), 0);
+  }
+  base_->SetOpen(true);
+}
+
+TEST_F(EngineTest, AWaitEndsAtTheCap) {
+  Start({}, {.wait_cap = absl::Milliseconds(30)});
+  base_->SetOpen(false);
+  EngineRequest request = Request(RandomIds(config_, 70, 22), 10);
+  const auto degraded = Run(request);
+  for (const v1::ChunkProvenance& p : degraded->provenance_) EXPECT_TRUE(p.unavailable());
+  request.memory.fail_if_unavailable = true;
+  const auto failed = Submit(request);
+  EXPECT_TRUE(absl::IsUnavailable(failed->Wait()));
+  EXPECT_TRUE(failed->tokens_.empty());
+  base_->SetOpen(true);
+  ExpectIdle();
+}
+
+TEST_F(EngineTest, AStoreThatFailsDegradesOrFailsAsAsked) {
+  Start();
+  base_->Fail(absl::UnavailableError("gone"));
+  EngineRequest request = Request(RandomIds(config_, 20, 23), 10);
+  const auto degraded = Run(request);
+  ASSERT_EQ(degraded->provenance_.size(), 2u);
+  EXPECT_TRUE(degraded->provenance_[0].unavailable());
+  EngineRequest off = Request(request.prompt, 10, false);
+  EXPECT_EQ(degraded->tokens_, Offline(off).tokens);
+  request.memory.fail_if_unavailable = true;
+  const absl::Status status = Submit(request)->Wait();
+  EXPECT_TRUE(absl::IsUnavailable(status));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("gone"));
+  // And comes back.
+  base_->Fail(absl::OkStatus());
+  EXPECT_EQ(Run(request)->tokens_, Offline(request).tokens);
+}
+
+TEST_F(EngineTest, DamagedRecordsAndAnotherModelsAreNeverRead) {
+  Start();
+  const EngineRequest request = Request(RandomIds(config_, 20, 24), 10);
+  const std::vector<int> found = base_->Find(tokenizer_.DecodeQuery(request.prompt), kTopK);
+  base_->Damage(found[1], 200);
+  const auto sink = Run(request);
+  ASSERT_EQ(sink->provenance_.size(), 2u);
+  EXPECT_TRUE(sink->provenance_[0].unavailable());
+  ASSERT_EQ(sink->provenance_[0].memories_size(), kTopK - 1);
+  for (const auto& memory : sink->provenance_[0].memories())
+    EXPECT_NE(memory.record_id(), FakeBase::IdOf(found[1]).view());
+  base_->Damage(found[1], 200);  // repaired, and asked for again
+  EXPECT_EQ(Run(request)->tokens_, Offline(request).tokens);
+
+  // Nothing in the cache, and a store full of another model's memories.
+  engine_.reset();
+  base_ = std::make_shared<FakeBase>(memories_, config_.head_dim, "another model");
+  Start();
+  const auto foreign = Run(request);
+  ASSERT_EQ(foreign->provenance_.size(), 2u);
+  EXPECT_TRUE(foreign->provenance_[0].unavailable());
+  EXPECT_EQ(foreign->provenance_[0].memories_size(), 0);
+  EXPECT_EQ(foreign->tokens_, Offline(Request(request.prompt, 10, false)).tokens);
+}
+
+TEST_F(EngineTest, StopsAtIdsAndStringsAfterTheMinimum) {
+  Start();
+  EngineRequest request = Request(RandomIds(config_, 20, 31), 40);
+  request.sampling = {.temperature = 1, .seed = 4};
+  const auto free = Run(request);
+  ASSERT_EQ(free->tokens_.size(), 40u);
+  EXPECT_EQ(free->text_, tokenizer_.Decode(free->tokens_));
+  for (const std::string& piece : free->pieces_) {
+    EXPECT_TRUE(piece.empty() || (piece[0] & 0xC0) != 0x80) << "half a character";
+  }
+
+  request.stop_token_ids = {free->tokens_[12]};
+  const auto stopped = Run(request);
+  EXPECT_EQ(stopped->tokens_, Offline(request).tokens);
+  EXPECT_EQ(stopped->finish_.reason(), v1::FINISH_REASON_STOP);
+  EXPECT_EQ(stopped->finish_.stop_token_id(), free->tokens_[12]);
+  EXPECT_EQ(stopped->text_,
+            tokenizer_.Decode(std::span(stopped->tokens_).first(stopped->tokens_.size() - 1)));
+  request.min_new_tokens = 25;
+  EXPECT_EQ(Run(request)->tokens_, Offline(request).tokens);
+
+  request.stop_token_ids.clear();
+  request.min_new_tokens = 0;
+  const std::string text = tokenizer_.Decode(std::span(free->tokens_).first(20));
+  request.stop = {"never there", text.substr(text.size() - 3)};
+  const auto at_string = Run(request);
+  EXPECT_EQ(at_string->text_, free->text_.substr(0, free->text_.find(request.stop[1])));
+  EXPECT_EQ(at_string->finish_.stop(), request.stop[1]);
+  EXPECT_LE(at_string->tokens_.size(), 20u);
+}
+
+TEST_F(EngineTest, LogprobsEchoAndScoreAreTheOfflineOnes) {
+  Start({.max_logit_rows = 32}, {.slice_tokens = 48});
+  EngineRequest request = Request(RandomIds(config_, 70, 41), 80);
+  request.logprobs = 2;
+  request.echo = true;
+  const auto sink = Run(request);
+  EXPECT_EQ(sink->tokens_, Offline(request).tokens);
+  EXPECT_EQ(sink->text_.rfind(tokenizer_.Decode(request.prompt), 0), 0u);
+
+  const auto expected = ScoreContinuation(*offline_, request.prompt, sink->tokens_,
+                                          base_->Offline(&tokenizer_, kTopK), {});
+  ASSERT_TRUE(expected.ok()) << expected.status();
+  ASSERT_EQ(sink->logprobs_.size(), 80u);
+  for (int i = 0; i < 80; ++i) {
+    EXPECT_EQ(sink->logprobs_[i].chosen().logprob(), expected->logprobs[i]) << i;
+    ASSERT_EQ(sink->logprobs_[i].top_size(), 2);
+    EXPECT_EQ(sink->logprobs_[i].top(0).token_id(), sink->tokens_[i]);  // greedy
+  }
+  EngineRequest score = Request(request.prompt, 1);
+  score.continuation = sink->tokens_;
+  const auto scored = Run(score);
+  EXPECT_EQ(scored->score_.logprobs, expected->logprobs);
+  EXPECT_TRUE(scored->score_.greedy);
+  (*score.continuation)[40] = (*score.continuation)[40] == 7 ? 8 : 7;
+  EXPECT_FALSE(Run(score)->score_.greedy);
+}
+
+TEST_F(EngineTest, BadRequestsNameTheField) {
+  Start({.kv_pages = 16, .memory_slots = 4}, {.max_waiting = 1});
+  const auto error = [&](const std::function<void(EngineRequest&)>& change) {
+    EngineRequest request = Request({5, 6}, 4);
+    change(request);
+    const auto number = engine_->Submit(std::move(request), std::make_shared<KeepingSink>());
+    EXPECT_TRUE(absl::IsInvalidArgument(number.status())) << number.status();
+    return std::string(number.status().message());
+  };
+  EXPECT_THAT(error([](auto& r) { r.prompt.clear(); }), HasSubstr("prompt"));
+  EXPECT_THAT(error([](auto& r) { r.prompt[1] = 96; }), HasSubstr("token_ids[1] is 96"));
+  EXPECT_THAT(error([](auto& r) { r.prompt.assign(1000, 5); }), HasSubstr("longest context"));
+  EXPECT_THAT(error([](auto& r) { r.prompt.assign(300, 5); }), HasSubstr("KV cache"));
+  EXPECT_THAT(error([](auto& r) { r.max_new_tokens = 0; }), HasSubstr("max_new_tokens"));
+  EXPECT_THAT(error([](auto& r) { r.min_new_tokens = 9; }), HasSubstr("min_new_tokens"));
+  EXPECT_THAT(error([](auto& r) { r.stop = {""}; }), HasSubstr("stop"));
+  EXPECT_THAT(error([](auto& r) { r.logprobs = 21; }), HasSubstr("logprobs"));
+  EXPECT_THAT(error([](auto& r) { r.sampling.temperature = NAN; }), HasSubstr("temperature"));
+  EXPECT_THAT(error([](auto& r) { r.memory.references_per_chunk = 5; }),
+              HasSubstr("references_per_chunk is 5, the limit is 4"));
+}
+
+TEST_F(EngineTest, AFullQueueIsResourceExhaustedAndShutdownEndsAll) {
+  Start({}, {.max_running = 1, .max_waiting = 2});
+  base_->SetOpen(false);
+  std::vector<std::shared_ptr<KeepingSink>> sinks;
+  absl::Status last;
+  EngineRequest request = Request({5, 6}, 4);
+  request.request_id = "same";
+  sinks.push_back(Submit(request));
+  EXPECT_TRUE(
+      absl::IsAlreadyExists(engine_->Submit(request, std::make_shared<KeepingSink>()).status()));
+  for (int i = 0; i < 4 && last.ok(); ++i) {
+    auto sink = std::make_shared<KeepingSink>();
+    last = engine_->Submit(Request({5, 6}, 4), sink).status();
+    if (last.ok()) sinks.push_back(sink);
+  }
+  EXPECT_TRUE(absl::IsResourceExhausted(last)) << last;
+  engine_.reset();
+  for (const auto& sink : sinks) EXPECT_TRUE(absl::IsUnavailable(sink->Wait()));
+  base_->SetOpen(true);
+}
+
+}  // namespace
+}  // namespace memory3

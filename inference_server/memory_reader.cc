@@ -1,0 +1,217 @@
+#include "inference_server/memory_reader.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+
+namespace memory3 {
+namespace {
+
+// A record may be evicted between its retrieval and its answer; it is then asked for once more.
+constexpr int kAttempts = 3;
+
+}  // namespace
+
+struct MemoryReader::Retrieval {
+  std::shared_ptr<MemoryBase> base;
+  std::vector<SourceQuery> queries;
+  bool with_text = false;
+  absl::Time deadline;
+  Callback done;
+  int attempt = 0;
+};
+
+absl::Status HostMemory::Decode(const Hash256& writer_fingerprint, const MemoryShape& shape) {
+  absl::MutexLock lock(&mutex_);
+  if (decoded_) return status_;
+  decoded_ = true;
+  absl::StatusOr<ExplicitMemory> memory = DecodeRecord(record_.bytes, writer_fingerprint, *codec_);
+  if (!memory.ok()) {
+    status_ = absl::Status(memory.status().code(),
+                           absl::StrCat("record ", id_.ToHex(), ": ", memory.status().message()));
+  } else if (memory->shape.layers != shape.layers || memory->shape.kv_heads != shape.kv_heads ||
+             memory->shape.head_dim != shape.head_dim || memory->shape.tokens > shape.tokens) {
+    status_ = absl::FailedPreconditionError(absl::StrCat(
+        "record ", id_.ToHex(), " is a memory of ", memory->shape.layers, " layers, ",
+        memory->shape.kv_heads, " KV heads, ", memory->shape.tokens, " tokens, head size ",
+        memory->shape.head_dim, ", which the model cannot read"));
+  } else {
+    memory_ = *std::move(memory);
+  }
+  record_ = {};
+  codec_ = nullptr;
+  return status_;
+}
+
+MemoryReader::MemoryReader(const Embedder* embedder, const Hash256& writer_fingerprint,
+                           const MemoryShape& shape, const MemoryReaderOptions& options)
+    : embedder_(embedder),
+      writer_fingerprint_(writer_fingerprint),
+      shape_(shape),
+      options_(options),
+      workers_(std::max(1, options.threads)) {}
+
+MemoryReader::~MemoryReader() {
+  absl::MutexLock lock(&mutex_);
+  mutex_.Await(absl::Condition(
+      +[](MemoryReader* self) ABSL_NO_THREAD_SAFETY_ANALYSIS { return self->under_way_ == 0; },
+      this));
+}
+
+void MemoryReader::Read(std::shared_ptr<MemoryBase> base, std::vector<ReadQuery> queries,
+                        bool with_text, absl::Time deadline, Callback done) {
+  {
+    absl::MutexLock lock(&mutex_);
+    ++under_way_;
+    ++stats_.retrievals;
+  }
+  auto retrieval = std::make_shared<Retrieval>();
+  retrieval->base = std::move(base);
+  retrieval->with_text = with_text;
+  retrieval->deadline = deadline;
+  retrieval->done = std::move(done);
+  workers_.Add([this, retrieval, queries = std::move(queries)]() mutable {
+    std::vector<std::string_view> texts;
+    for (const ReadQuery& query : queries) texts.push_back(query.text);
+    const int dimension = embedder_->dimension();
+    std::vector<float> vectors(texts.size() * dimension);
+    if (absl::Status status = embedder_->Embed(texts, vectors); !status.ok()) {
+      Finish(*retrieval, std::vector<ReadResult>(queries.size(), {status, {}}));
+      return;
+    }
+    for (size_t i = 0; i < queries.size(); ++i) {
+      const auto begin = vectors.begin() + i * dimension;
+      retrieval->queries.push_back({std::vector<float>(begin, begin + dimension), queries[i].top_k,
+                                    queries[i].min_score, std::move(queries[i].filter)});
+    }
+    Ask(retrieval, {});
+  });
+}
+
+void MemoryReader::Ask(std::shared_ptr<Retrieval> retrieval, std::vector<RecordId> missing) {
+  ++retrieval->attempt;
+  SourceRequest request{retrieval->queries, retrieval->with_text, retrieval->deadline,
+                        std::move(missing)};
+  MemoryBase& base = *retrieval->base;
+  base.Retrieve(std::move(request),
+                [this, retrieval = std::move(retrieval)](absl::StatusOr<SourceAnswer> answer) {
+                  Received(retrieval, std::move(answer));
+                });
+}
+
+void MemoryReader::Received(const std::shared_ptr<Retrieval>& retrieval,
+                            absl::StatusOr<SourceAnswer> answer) {
+  if (answer.ok() && answer->queries.size() != retrieval->queries.size()) {
+    answer = absl::InternalError(absl::StrCat("the memory source answered ", answer->queries.size(),
+                                              " of ", retrieval->queries.size(), " queries"));
+  }
+  if (!answer.ok()) {
+    Finish(*retrieval, std::vector<ReadResult>(retrieval->queries.size(), {answer.status(), {}}));
+    return;
+  }
+  // In the order of answers, before the next one: a record that a later answer believes to be here
+  // is in the cache, decoded or not.
+  std::vector<ReadResult> results(answer->queries.size());
+  std::vector<RecordId> missing;
+  {
+    absl::MutexLock lock(&mutex_);
+    for (size_t q = 0; q < results.size(); ++q) {
+      for (SourceHit& hit : answer->queries[q]) {
+        const Key key(retrieval->base->tenant(), hit.id);
+        const auto brought = answer->records.find(hit.id);
+        auto entry = cache_.find(key);
+        if (entry == cache_.end()) {
+          if (brought == answer->records.end()) {
+            missing.push_back(hit.id);
+            continue;
+          }
+          ages_.push_front(key);
+          Entry& fresh = cache_[key];
+          fresh.memory = std::make_shared<HostMemory>(hit.id, std::move(brought->second),
+                                                      retrieval->base->codec());
+          fresh.base = retrieval->base;
+          fresh.bytes = shape_.values() * static_cast<int64_t>(sizeof(float));
+          fresh.age = ages_.begin();
+          stats_.cache_bytes += fresh.bytes;
+          stats_.bytes_loaded += fresh.memory->record_.bytes.size();
+          entry = cache_.find(key);
+        }
+        ages_.splice(ages_.begin(), ages_, entry->second.age);
+        const bool from_store = brought != answer->records.end();
+        ++(from_store ? stats_.store_hits : stats_.host_hits);
+        results[q].memories.push_back(
+            {hit.score, std::move(hit.sources), from_store, entry->second.memory});
+      }
+    }
+    if (missing.empty()) Shrink();
+  }
+  if (!missing.empty()) {
+    if (retrieval->attempt < kAttempts) {
+      Ask(retrieval, std::move(missing));
+      return;
+    }
+    for (ReadResult& result : results) {
+      result = {absl::DataLossError(
+                    absl::StrCat("the bytes of record ", missing.front().ToHex(), " did not come")),
+                {}};
+    }
+    Finish(*retrieval, std::move(results));
+    return;
+  }
+  workers_.Add([this, retrieval, results = std::move(results)]() mutable {
+    for (ReadResult& result : results) {
+      std::vector<ReadMemory> sound;
+      for (ReadMemory& read : result.memories) {
+        absl::Status status =
+            std::const_pointer_cast<HostMemory>(read.memory)->Decode(writer_fingerprint_, shape_);
+        if (status.ok()) {
+          sound.push_back(std::move(read));
+        } else {
+          Drop({retrieval->base->tenant(), read.memory->id()});
+          result.status = std::move(status);
+        }
+      }
+      result.memories = std::move(sound);
+    }
+    Finish(*retrieval, std::move(results));
+  });
+}
+
+void MemoryReader::Finish(Retrieval& retrieval, std::vector<ReadResult> results) {
+  retrieval.done(std::move(results));
+  retrieval.done = nullptr;
+  retrieval.base = nullptr;
+  absl::MutexLock lock(&mutex_);
+  --under_way_;
+}
+
+void MemoryReader::Drop(const Key& key) {
+  absl::MutexLock lock(&mutex_);
+  const auto entry = cache_.find(key);
+  if (entry == cache_.end()) return;
+  if (const std::shared_ptr<MemoryBase> base = entry->second.base.lock()) base->Evicted(key.second);
+  stats_.cache_bytes -= entry->second.bytes;
+  ages_.erase(entry->second.age);
+  cache_.erase(entry);
+}
+
+void MemoryReader::Shrink() {
+  auto oldest = ages_.end();
+  while (stats_.cache_bytes > options_.cache_bytes && oldest != ages_.begin()) {
+    --oldest;
+    const auto entry = cache_.find(*oldest);
+    if (entry->second.memory.use_count() > 1) continue;  // in use: its bytes would stay anyway
+    if (const std::shared_ptr<MemoryBase> base = entry->second.base.lock())
+      base->Evicted(entry->first.second);
+    stats_.cache_bytes -= entry->second.bytes;
+    oldest = ages_.erase(oldest);
+    cache_.erase(entry);
+  }
+}
+
+MemoryReaderStats MemoryReader::stats() const {
+  absl::MutexLock lock(&mutex_);
+  return stats_;
+}
+
+}  // namespace memory3

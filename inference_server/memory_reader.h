@@ -1,0 +1,131 @@
+// Reads memories for queries: embeds their texts, asks the source, keeps what came in the host's
+// cache, decodes it on its own threads. The cache is bounded in bytes, evicts what was used longest
+// ago, is shared by all requests, and is consulted only for ids that a retrieval has just returned.
+//
+// A record that is damaged or another model's is never handed out: its query has an error status
+// beside the memories that are sound, and the record leaves the cache.
+//
+// Thread-safety: any thread. Ownership: memories that are in use stay, whatever the cache evicts; a
+// reader's destructor waits for retrievals under way. The embedder must outlive the reader.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "embedder/embedder.h"
+#include "inference_server/memory_source.h"
+#include "inference_server/worker_threads.h"
+#include "memory/explicit_memory.h"
+
+namespace memory3 {
+
+// A memory in host memory. Its decoded values do not change once Decode has succeeded.
+class HostMemory {
+ public:
+  HostMemory(RecordId id, RecordBytes record, std::shared_ptr<const Codec> codec)
+      : id_(id), record_(std::move(record)), codec_(std::move(codec)) {}
+
+  const RecordId& id() const { return id_; }
+  // Only after a successful Decode.
+  const ExplicitMemory& memory() const { return memory_; }
+
+ private:
+  friend class MemoryReader;
+  // Once; later calls answer what the first did. `shape`: the largest a slot holds.
+  absl::Status Decode(const Hash256& writer_fingerprint, const MemoryShape& shape);
+
+  const RecordId id_;
+  absl::Mutex mutex_;
+  bool decoded_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  RecordBytes record_;  // until it is decoded
+  std::shared_ptr<const Codec> codec_;
+  ExplicitMemory memory_;
+};
+
+struct ReadQuery {
+  std::string text;
+  uint32_t top_k = 0;
+  std::optional<float> min_score;
+  v1::Filter filter;
+};
+
+struct ReadMemory {
+  float score = 0;
+  std::vector<v1::Source> sources;
+  bool from_store = false;  // its bytes came with this answer; else they were in the cache
+  std::shared_ptr<const HostMemory> memory;
+};
+
+struct ReadResult {
+  absl::Status status;  // why memories are missing
+  std::vector<ReadMemory> memories;
+};
+
+struct MemoryReaderOptions {
+  int64_t cache_bytes = int64_t{1} << 30;  // of decoded memories
+  int threads = 2;                         // that embed and decode
+};
+
+struct MemoryReaderStats {
+  uint64_t retrievals = 0;
+  uint64_t host_hits = 0;
+  uint64_t store_hits = 0;
+  uint64_t bytes_loaded = 0;  // of records
+  int64_t cache_bytes = 0;
+};
+
+class MemoryReader {
+ public:
+  // `shape`: that of a full-length memory of the model.
+  MemoryReader(const Embedder* embedder, const Hash256& writer_fingerprint,
+               const MemoryShape& shape, const MemoryReaderOptions& options);
+  ~MemoryReader();
+
+  using Callback = std::function<void(std::vector<ReadResult>)>;
+  // One retrieval for all `queries`. `done` gets a result a query, on a thread of the reader or the
+  // source; it must not block.
+  void Read(std::shared_ptr<MemoryBase> base, std::vector<ReadQuery> queries, bool with_text,
+            absl::Time deadline, Callback done);
+  MemoryReaderStats stats() const;
+
+ private:
+  using Key = std::pair<std::string, RecordId>;  // a tenant may name what it likes by an id
+  struct Entry {
+    std::shared_ptr<HostMemory> memory;
+    std::weak_ptr<MemoryBase> base;  // that brought it and is told when it goes
+    int64_t bytes = 0;
+    std::list<Key>::iterator age;
+  };
+  struct Retrieval;
+
+  void Ask(std::shared_ptr<Retrieval> retrieval, std::vector<RecordId> missing);
+  void Received(const std::shared_ptr<Retrieval>& retrieval, absl::StatusOr<SourceAnswer> answer);
+  void Finish(Retrieval& retrieval, std::vector<ReadResult> results);
+  void Drop(const Key& key);
+  void Shrink() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const Embedder* const embedder_;
+  const Hash256 writer_fingerprint_;
+  const MemoryShape shape_;
+  const MemoryReaderOptions options_;
+  mutable absl::Mutex mutex_;
+  int under_way_ ABSL_GUARDED_BY(mutex_) = 0;
+  absl::flat_hash_map<Key, Entry> cache_ ABSL_GUARDED_BY(mutex_);
+  std::list<Key> ages_ ABSL_GUARDED_BY(mutex_);  // used last first
+  MemoryReaderStats stats_ ABSL_GUARDED_BY(mutex_);
+  WorkerThreads workers_;
+};
+
+}  // namespace memory3

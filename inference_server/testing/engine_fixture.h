@@ -1,0 +1,235 @@
+// What the engine's tests share: a tokenizer of bytes, an embedder and a source of memories whose
+// answers follow from the query's text alone, a sink that keeps what it is sent.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
+#include "inference_server/engine.h"
+#include "inference_server/worker_threads.h"
+#include "transformer/generate.h"
+#include "transformer/testing/decoder_fixture.h"
+
+namespace memory3 {
+
+// Id i >= 2 is one byte; 92 … 95 are the bytes of two characters of two bytes each.
+class ByteTokenizer final : public Tokenizer {
+ public:
+  ByteTokenizer() {
+    for (int i = 0; i < 96; ++i) bytes_.push_back(i < 2 ? "" : std::string(1, char(30 + i)));
+    bytes_[92] = "\xC3";
+    bytes_[93] = "\xA9";
+    bytes_[94] = "\xC5";
+    bytes_[95] = "\xB1";
+  }
+  int vocab_size() const override { return 96; }
+  int32_t bos_id() const override { return 1; }
+  int32_t eos_id() const override { return 0; }
+  std::vector<int32_t> Encode(std::string_view text, SpecialTokens) const override {
+    std::vector<int32_t> ids;
+    for (const char c : text) ids.push_back(c - 30);
+    return ids;
+  }
+  std::string_view TokenBytes(int32_t id) const override {
+    return id >= 0 && id < 96 ? std::string_view(bytes_[id]) : std::string_view();
+  }
+  std::string_view Piece(int32_t id) const override { return TokenBytes(id); }
+  bool IsSpecial(int32_t id) const override { return id < 2; }
+  int32_t TokenId(std::string_view) const override { return -1; }
+  LeadingSpace leading_space() const override { return LeadingSpace::kNone; }
+  const Hash256& file_hash() const override { return hash_; }
+
+ private:
+  std::vector<std::string> bytes_;
+  Hash256 hash_;
+};
+
+// A text becomes a number below 2^20.
+inline uint32_t NumberOf(std::string_view text) { return Crc32c(text) >> 12; }
+
+class NumberEmbedder final : public Embedder {
+ public:
+  int dimension() const override { return 1; }
+  const Hash256& fingerprint() const override { return hash_; }
+  absl::Status Embed(std::span<const std::string_view> texts, std::span<float> out) const override {
+    for (size_t i = 0; i < texts.size(); ++i) out[i] = static_cast<float>(NumberOf(texts[i]));
+    return absl::OkStatus();
+  }
+
+ private:
+  Hash256 hash_;
+};
+
+inline Hash256 WriterOf(std::string_view model) { return Sha256Of(model); }
+
+// Answers on a thread of its own, as a stream would; remembers what it has sent, as a server does.
+class FakeBase final : public MemoryBase {
+ public:
+  FakeBase(const std::vector<ExplicitMemory>& memories, int head_dim,
+           std::string_view writer = "model")
+      : MemoryBase("default", "kb", 3, MakeF32Codec(head_dim)), memories_(memories), worker_(1) {
+    for (size_t i = 0; i < memories.size(); ++i) {
+      auto record = EncodeRecord(memories[i], WriterOf(writer), *codec());
+      EXPECT_TRUE(record.ok()) << record.status();
+      records_.push_back(std::make_shared<std::string>(*std::move(record)));
+    }
+  }
+
+  static RecordId IdOf(int memory) { return Sha256Of(absl::StrCat("memory ", memory)); }
+  // The memories for a query of this text.
+  std::vector<int> Find(std::string_view text, int top_k) const {
+    return FindNumber(NumberOf(text), top_k);
+  }
+  RetrieveFunction Offline(const Tokenizer* tokenizer, int top_k) const {
+    return [this, tokenizer,
+            top_k](std::span<const int32_t> query) -> absl::StatusOr<std::vector<RetrievedMemory>> {
+      std::vector<RetrievedMemory> found;
+      for (const int i : Find(tokenizer->DecodeQuery(query), top_k)) {
+        found.push_back(
+            {std::string(IdOf(i).view()), std::make_shared<const ExplicitMemory>(memories_[i])});
+      }
+      return found;
+    };
+  }
+
+  void Retrieve(SourceRequest request, SourceCallback done) override {
+    {
+      absl::MutexLock lock(&mutex_);
+      ++requests_;
+      queries_ += static_cast<int>(request.queries.size());
+    }
+    worker_.Add([this, request = std::move(request), done = std::move(done)] {
+      {
+        absl::MutexLock lock(&mutex_);
+        mutex_.Await(absl::Condition(&open_));
+      }
+      done(Answer(request));
+    });
+  }
+  void Evicted(const RecordId& id) override {
+    absl::MutexLock lock(&mutex_);
+    sent_.erase(id);
+    ++evictions_;
+  }
+
+  void SetOpen(bool open) {
+    absl::MutexLock lock(&mutex_);
+    open_ = open;
+  }
+  void Fail(absl::Status status) {
+    absl::MutexLock lock(&mutex_);
+    failure_ = std::move(status);
+  }
+  // The n-th byte of a memory's record.
+  void Damage(int memory, size_t byte) { (*records_[memory])[byte] ^= 1; }
+  int requests() const {
+    absl::MutexLock lock(&mutex_);
+    return requests_;
+  }
+  int queries() const {
+    absl::MutexLock lock(&mutex_);
+    return queries_;
+  }
+  int evictions() const {
+    absl::MutexLock lock(&mutex_);
+    return evictions_;
+  }
+
+ private:
+  std::vector<int> FindNumber(uint32_t number, int top_k) const {
+    const int count = static_cast<int>(memories_.size());
+    std::vector<int> found;
+    for (int j = 0; j < std::min(top_k, count); ++j) found.push_back((number + j * 5) % count);
+    return found;  // distinct where 5 does not divide count
+  }
+  absl::StatusOr<SourceAnswer> Answer(const SourceRequest& request) {
+    absl::MutexLock lock(&mutex_);
+    if (!failure_.ok()) return failure_;
+    for (const RecordId& id : request.missing) sent_.erase(id);
+    SourceAnswer answer;
+    for (const SourceQuery& query : request.queries) {
+      std::vector<SourceHit>& hits = answer.queries.emplace_back();
+      float score = 1;
+      for (const int i : FindNumber(static_cast<uint32_t>(query.embedding[0]), query.top_k)) {
+        SourceHit& hit = hits.emplace_back();
+        hit.id = IdOf(i);
+        hit.score = score /= 2;
+        hit.sources.emplace_back().set_title(absl::StrCat("title ", i));
+        if (sent_.insert(hit.id).second) answer.records[hit.id] = {*records_[i], records_[i]};
+      }
+    }
+    return answer;
+  }
+
+  const std::vector<ExplicitMemory> memories_;
+  std::vector<std::shared_ptr<std::string>> records_;
+  mutable absl::Mutex mutex_;
+  bool open_ = true;
+  absl::Status failure_;
+  int requests_ = 0, queries_ = 0, evictions_ = 0;
+  absl::flat_hash_set<RecordId> sent_;
+  WorkerThreads worker_;
+};
+
+class KeepingSink final : public EventSink {
+ public:
+  void Send(v1::GenerateResponse event) override {
+    absl::MutexLock lock(&mutex_);
+    EXPECT_FALSE(ended_.HasBeenNotified());
+    EXPECT_FALSE(has_finish_);
+    if (event.has_prompt()) {
+      EXPECT_TRUE(tokens_.empty());
+      prompt_ = event.prompt();
+    } else if (event.has_delta()) {
+      text_ += event.delta().text();
+      pieces_.push_back(event.delta().text());
+      tokens_.insert(tokens_.end(), event.delta().token_ids().begin(),
+                     event.delta().token_ids().end());
+      logprobs_.insert(logprobs_.end(), event.delta().logprobs().begin(),
+                       event.delta().logprobs().end());
+    } else if (event.has_provenance()) {
+      provenance_.push_back(event.provenance());
+    } else {
+      has_finish_ = true;
+      finish_ = event.finish();
+    }
+    if (on_event_) on_event_();
+  }
+  void Scored(ContinuationScore score) override { score_ = std::move(score); }
+  void End(absl::Status status) override {
+    status_ = std::move(status);
+    ended_.Notify();
+  }
+  void OnEvent(std::function<void()> callback) { on_event_ = std::move(callback); }
+
+  absl::Status Wait() {
+    EXPECT_TRUE(ended_.WaitForNotificationWithTimeout(absl::Seconds(100)));
+    return status_;
+  }
+  // Only after Wait.
+  v1::PromptInfo prompt_;
+  std::string text_;
+  std::vector<std::string> pieces_;
+  std::vector<int32_t> tokens_;
+  std::vector<v1::TokenLogprobs> logprobs_;
+  std::vector<v1::ChunkProvenance> provenance_;
+  bool has_finish_ = false;
+  v1::Finish finish_;
+  ContinuationScore score_;
+
+ private:
+  absl::Mutex mutex_;
+  absl::Status status_;
+  std::function<void()> on_event_;
+  absl::Notification ended_;
+};
+
+}  // namespace memory3
