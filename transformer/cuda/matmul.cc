@@ -183,18 +183,21 @@ void CudaDevice::MultiplyInto(Tensor d, MatrixProduct product) {
 
 void CudaDevice::MatMulInt8(Tensor y, Tensor x, const CudaWeight& w, bool accumulate) {
   const int64_t stride = w.code_stride;
-  auto* codes = static_cast<int8_t*>(Scratch(kQuantizedRows, x.rows * stride));
+  // The library's int8 products want whole vectors: rows past the last are whatever is there, and
+  // so are their sums, which nobody reads.
+  const int64_t padded_rows = PadRow(x.rows, 1);
+  auto* codes = static_cast<int8_t*>(Scratch(kQuantizedRows, padded_rows * stride));
   auto* scales = static_cast<float*>(Scratch(kQuantizedScales, x.rows * sizeof(float)));
   if (codes == nullptr || scales == nullptr) return;
   Note(LaunchQuantizeRows(codes, stride, scales, x, stream_), "quantise");
-  // The library's int8 products want whole vectors of outputs.
   if (x.rows > kMaxProductRows && w.out() % 16 == 0) {
-    auto* sums = static_cast<int32_t*>(Scratch(kIntegerSums, x.rows * w.out() * sizeof(int32_t)));
+    auto* sums =
+        static_cast<int32_t*>(Scratch(kIntegerSums, padded_rows * w.out() * sizeof(int32_t)));
     if (sums == nullptr) return;
     MatrixProduct product;
     product.input = CUDA_R_8I;
     product.output = CUDA_R_32I;
-    product.m = x.rows;
+    product.m = padded_rows;
     product.n = w.out();
     product.k = stride;
     product.a = codes;
