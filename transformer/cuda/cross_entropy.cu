@@ -31,6 +31,7 @@ __global__ __launch_bounds__(kThreads) void CrossEntropyKernel(float* losses, Te
       sum *= expf(most - here);
       most = here;
     }
+    if (most == MinusInfinity()) continue;  // nothing but minus infinities yet: they add nothing
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sum += expf(v.v[i] - most);
   }
