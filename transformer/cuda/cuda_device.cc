@@ -149,7 +149,9 @@ absl::Status CudaDevice::UploadAside(void* device, const void* host, size_t byte
 void CudaDevice::Note(absl::Status status) { status_.Update(std::move(status)); }
 
 void CudaDevice::Note(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) Note(CudaStatus(error, what));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // told here; not to be found by the next launch, which may be well
+  Note(CudaStatus(error, what));
 }
 
 void* CudaDevice::Scratch(ScratchUse use, size_t bytes) {

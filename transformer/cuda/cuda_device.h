@@ -50,6 +50,8 @@ class CudaDevice final : public Device {
   ~CudaDevice() override;
 
   cudaStream_t stream() const { return stream_; }
+  // Every entry point's first step: this thread works on this device.
+  void Bind() const { cudaSetDevice(ordinal_); }
   CublasLt& cublaslt() { return *lt_; }
 
   std::string name() const override;
@@ -145,8 +147,6 @@ class CudaDevice final : public Device {
   CudaDevice(int ordinal, DType activations) : ordinal_(ordinal), activations_(activations) {}
 
   void Free(void* data) override;
-  // Every entry point's first step: this thread works on this device.
-  void Bind() const { cudaSetDevice(ordinal_); }
   // Keeps the first error until Synchronize or Download tells it.
   void Note(absl::Status status);
   void Note(cudaError_t error, const char* what);

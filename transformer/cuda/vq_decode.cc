@@ -45,9 +45,9 @@ absl::Status CudaVqDecoder::Decode(Tensor vectors, const uint8_t* codes) const {
                         fine_bits_,
                         static_cast<int>(coarse_code_bytes_),
                         static_cast<int>(code_bytes_)};
-  return CudaStatus(
-      LaunchVqDecode(vectors, codes, tables, static_cast<CudaDevice*>(device_)->stream()),
-      "vq decode");
+  const auto& device = static_cast<const CudaDevice&>(*device_);
+  device.Bind();
+  return CudaStatus(LaunchVqDecode(vectors, codes, tables, device.stream()), "vq decode");
 }
 
 }  // namespace memory3
