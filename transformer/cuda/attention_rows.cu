@@ -24,6 +24,12 @@ struct RowArgs {
   float* partial;  // [items, heads, splits, head_dim + 2]: sum, maximum, Σ p v; null: one share
 };
 
+// Units of each of the shares that `units` are cut into; the last may have fewer, those past the
+// last unit have none.
+__device__ __forceinline__ int ShareOf(int units, int splits) {
+  return max((units + splits - 1) / splits, kFewestUnits);
+}
+
 template <int kGroup>
 size_t SharedBytes(int head_dim) {
   return sizeof(float) * kGroup * (head_dim + kWarps * (head_dim + kUnitTokens + 2));
@@ -45,7 +51,8 @@ __global__ __launch_bounds__(kThreads) void RowsKernel(RowArgs args) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   const int units = item.unit_end - item.unit_begin;
-  const int share = max((units + splits - 1) / splits, kFewestUnits);
+  const int share = ShareOf(units, splits);
+  if (split > 0 && split * share >= units) return;  // the combination does not read it
   const int begin = item.unit_begin + min(split * share, units);
   const int end = min(begin + share, item.unit_end);
 
@@ -198,19 +205,22 @@ __global__ void CombineKernel(AttentionCall a, const AttentionItem* items, const
   if (item.row < 0) return;
   const int d = a.head_dim, head = blockIdx.y;
   const float* from = partial + (int64_t{blockIdx.x} * a.heads + head) * splits * (d + 2);
+  // The shares that have units, or the first, which is empty.
+  const int units = item.unit_end - item.unit_begin, share = ShareOf(units, splits);
+  const int shares = max((units + share - 1) / share, 1);
   float most = MinusInfinity();
-  for (int s = 0; s < splits; ++s) most = fmaxf(most, from[s * (d + 2) + 1]);
+  for (int s = 0; s < shares; ++s) most = fmaxf(most, from[s * (d + 2) + 1]);
   const float pivot = most == MinusInfinity() ? 0.0f : most;
   float all = 0;
-  for (int s = 0; s < splits; ++s) {
+  for (int s = 0; s < shares; ++s) {
     all += exp2f(from[s * (d + 2) + 1] - pivot) * from[s * (d + 2)];
   }
   for (int c = threadIdx.x; c < d; c += blockDim.x) {
     float x = 0;
-    for (int s = 0; s < splits; ++s) {
-      const float* share = from + s * (d + 2);
-      // A share without keys has written zeros.
-      x += exp2f(share[1] - pivot) * share[2 + c];
+    for (int s = 0; s < shares; ++s) {
+      const float* part = from + s * (d + 2);
+      // A share whose keys are not seen has written zeros.
+      x += exp2f(part[1] - pivot) * part[2 + c];
     }
     StoreOne(a.out.data, a.out.dtype, item.row * a.out.stride + int64_t{head} * d + c,
              all > 0 ? x / all : 0.0f);

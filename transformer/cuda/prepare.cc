@@ -236,8 +236,10 @@ PreparedBatch* CudaDevice::Prepare(const BatchInput& input, int slot) {
   batch.capacities.resize(kLists);
   size_t total = 0;
   for (size_t i = 0; i < kLists; ++i) {
-    batch.capacities[i] =
-        std::max(batch.capacities[i], std::bit_ceil(std::max<size_t>(all[i].bytes, 256)));
+    // Twice what is asked for, so that contexts double before a recording is made again.
+    if (all[i].bytes > batch.capacities[i] || batch.capacities[i] == 0) {
+      batch.capacities[i] = std::bit_ceil(std::max<size_t>(2 * all[i].bytes, 256));
+    }
     total += batch.capacities[i];
   }
   if (total > batch.memory_bytes) {
