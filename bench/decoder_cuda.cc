@@ -248,6 +248,7 @@ class DecoderBench {
     }
     const auto forward = [&] {
       std::vector<Slice> slices;
+      slices.reserve(sequences);
       for (int s = 0; s < sequences; ++s) slices.push_back({&all[s], ids[s], reads[s], 1});
       Check(decoder_->Forward(slices), "decode");
       const std::vector<int32_t> next = Take(decoder_->ArgMax(), "decode");

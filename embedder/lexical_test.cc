@@ -101,6 +101,7 @@ TEST(Lexical, BatchAndThreadsGiveTheSameVectors) {
   ASSERT_TRUE(embedder.Embed(texts, batch).ok());
   std::vector<std::vector<float>> results(4);
   std::vector<std::thread> threads;
+  threads.reserve(4);
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([&, t] { results[t] = *embedder.EmbedOne(texts[t]); });
   }

@@ -96,7 +96,8 @@ TEST(AttentionReceivedTest, SumsToRowsTimesGroup) {
   for (int h = 0; h < kv_heads; ++h) {
     double sum = 0;
     for (int j = 0; j < tokens; ++j) sum += w[h * tokens + j];
-    EXPECT_NEAR(sum, tokens * (query_heads / kv_heads), 1e-9);
+    constexpr int kGroup = query_heads / kv_heads;
+    EXPECT_NEAR(sum, tokens * kGroup, 1e-9);
   }
   // A key of KV head 1 changed: nothing of head 0 moves.
   for (int c = 0; c < head_dim; ++c) k[(tokens + 4) * head_dim + c] = 0;

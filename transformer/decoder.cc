@@ -30,7 +30,7 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(std::shared_ptr<const M
   // A graph holds the pointers of the decoder it was recorded for, so no two may share a key.
   static std::atomic<uint64_t> decoders{0};
   decoder->graph_keys_ = ++decoders << 40;
-  decoder->model_ = model;
+  decoder->model_ = std::move(model);
   decoder->options_ = options;
   DecoderOptions& o = decoder->options_;
   o.max_logit_rows = std::min(o.max_logit_rows, o.max_rows);
@@ -42,7 +42,7 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(std::shared_ptr<const M
   decoder->cache_ = *std::move(cache);
   if (o.memory) {
     if (absl::Status status = CheckExplicitMemory(c, *o.memory); !status.ok()) return status;
-    auto prefix = PrefixKv::Create(*model, o.memory->prefix_token_ids, o.kv_dtype);
+    auto prefix = PrefixKv::Create(*decoder->model_, o.memory->prefix_token_ids, o.kv_dtype);
     if (!prefix.ok()) return prefix.status();
     decoder->prefix_ = *std::move(prefix);
     auto pool = MemoryPool::Create(&device, c, *o.memory, o.memory_dtype, o.memory_slots);
@@ -60,7 +60,8 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(std::shared_ptr<const M
     decoder->source_layers_.push_back({layer, memory_layer, layer});
   }
 
-  absl::StatusOr<ActivationBuffers> activations = ActivationBuffers::Create(*model, o.max_rows);
+  absl::StatusOr<ActivationBuffers> activations =
+      ActivationBuffers::Create(*decoder->model_, o.max_rows);
   if (!activations.ok()) return activations.status();
   decoder->activations_ = *std::move(activations);
   auto allocate = [&](Tensor* t, int64_t cols, DType dtype) -> absl::Status {

@@ -86,6 +86,7 @@ TEST_F(DecoderTest, BatchCompositionDoesNotChangeASequence) {
   auto own = decoder_->Start(Layout::kMemory);
   ASSERT_TRUE(own.ok());
   std::vector<Sequence> others;
+  others.reserve(9);
   for (int i = 0; i < 9; ++i)
     others.push_back(*decoder_->Start(i % 2 == 0 ? Layout::kPlain : Layout::kMemory));
   std::vector<float> together;
@@ -98,6 +99,7 @@ TEST_F(DecoderTest, BatchCompositionDoesNotChangeASequence) {
     std::vector<MemoryRead> other_reads[9];
     const int own_place = step % 4;
     int logits_before = 0;
+    other_ids.reserve(9);
     for (int i = 0; i < 9; ++i)
       other_ids.push_back(RandomIds(config_, i % 3 == 0 ? 11 : 1, 100 * step + i));
     for (int i = 0; i < 9; ++i) {

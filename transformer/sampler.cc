@@ -90,6 +90,7 @@ std::vector<TokenLogprob> TopLogprobs(std::span<const float> logits, int count) 
   std::partial_sort(ranked.begin(), ranked.begin() + count, ranked.end(), Likelier);
   const double log_sum = LogSumExp(logits);
   std::vector<TokenLogprob> top;
+  top.reserve(count);
   for (int i = 0; i < count; ++i)
     top.push_back({ranked[i].second, static_cast<float>(ranked[i].first - log_sum)});
   return top;

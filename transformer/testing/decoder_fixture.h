@@ -85,7 +85,7 @@ inline std::shared_ptr<const Model> RandomModel(Device* device, const ModelConfi
 }
 
 inline std::unique_ptr<Decoder> TestDecoder(std::shared_ptr<const Model> model,
-                                            DecoderOptions options = {}) {
+                                            const DecoderOptions& options = {}) {
   auto decoder = Decoder::Create(std::move(model), options);
   EXPECT_TRUE(decoder.ok()) << decoder.status();
   return *std::move(decoder);
