@@ -239,7 +239,7 @@ grpc::Status MemoryServiceImpl::DropVersion(grpc::ServerContext* context,
 
 // ---- memories ----
 
-absl::Status MemoryServiceImpl::TakeEntries(const Identity& who,
+absl::Status MemoryServiceImpl::TakeEntries(const Identity& who, grpc::ServerContext* context,
                                             grpc::ServerReader<v1::PutRequest>* reader,
                                             bool into_load, PutResult* result,
                                             std::string* load_id) {
@@ -273,6 +273,8 @@ absl::Status MemoryServiceImpl::TakeEntries(const Identity& who,
     return absl::OkStatus();
   });
   while (reader->Read(&message)) RETURN_IF_ERROR(stream.Take(message));
+  // Not the end of the stream but of its client: what waits for a full batch is not put any more.
+  if (context->IsCancelled()) return absl::CancelledError("the client went away");
   RETURN_IF_ERROR(stream.Finish());
   return wait ? store_->Sync() : absl::OkStatus();
 }
@@ -283,7 +285,8 @@ grpc::Status MemoryServiceImpl::Put(grpc::ServerContext* context,
   return Serve(context, "Put", response, [&](const Identity& who) -> absl::Status {
     PutResult result;
     std::string load_id;
-    const absl::Status status = TakeEntries(who, reader, /*into_load=*/false, &result, &load_id);
+    const absl::Status status =
+        TakeEntries(who, context, reader, /*into_load=*/false, &result, &load_id);
     if (context->IsCancelled()) return absl::CancelledError("the client went away");
     response->set_entries(result.entries);
     response->set_new_records(result.new_records);
@@ -413,7 +416,7 @@ grpc::Status MemoryServiceImpl::PutLoad(grpc::ServerContext* context,
   return Serve(context, "PutLoad", response, [&](const Identity& who) -> absl::Status {
     PutResult result;
     std::string load_id;
-    RETURN_IF_ERROR(TakeEntries(who, reader, /*into_load=*/true, &result, &load_id));
+    RETURN_IF_ERROR(TakeEntries(who, context, reader, /*into_load=*/true, &result, &load_id));
     if (context->IsCancelled()) return absl::CancelledError("the client went away");
     return Fill(store_->GetLoad(who.tenant, load_id), response->mutable_load());
   });

@@ -107,8 +107,9 @@ class MemoryServiceImpl final
   absl::Status Require(const Identity& identity, Right right, std::string_view kb) const;
   absl::Status RequireForLoad(const Identity& identity, const std::string& load_id) const;
   // Put and PutLoad: reads the stream into batches for `put`.
-  absl::Status TakeEntries(const Identity& identity, grpc::ServerReader<v1::PutRequest>* reader,
-                           bool into_load, PutResult* result, std::string* load_id);
+  absl::Status TakeEntries(const Identity& identity, grpc::ServerContext* context,
+                           grpc::ServerReader<v1::PutRequest>* reader, bool into_load,
+                           PutResult* result, std::string* load_id);
 
   MemoryStore* const store_;
   MemoryServerMetrics* const metrics_;
