@@ -16,7 +16,8 @@ struct Hash256 {
   std::array<uint8_t, 32> bytes{};
 
   bool operator==(const Hash256&) const = default;
-  auto operator<=>(const Hash256&) const = default;
+  // The check takes the comparison with 0 that the compiler writes for a pointer.
+  auto operator<=>(const Hash256&) const = default;  // NOLINT(modernize-use-nullptr)
   bool is_zero() const { return *this == Hash256{}; }
   std::string ToHex() const;  // 64 lower-case digits
   std::string_view view() const {

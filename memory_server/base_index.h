@@ -36,7 +36,8 @@ struct SlotKey {
   uint64_t embedding_hash = 0;
 
   bool operator==(const SlotKey&) const = default;
-  auto operator<=>(const SlotKey&) const = default;
+  // The check takes the comparison with 0 that the compiler writes for a pointer.
+  auto operator<=>(const SlotKey&) const = default;  // NOLINT(modernize-use-nullptr)
 };
 
 struct ScoredSlot {
