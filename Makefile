@@ -2,6 +2,7 @@
 BUILD   ?= build
 JOBS    ?= $(shell nproc)
 PRESET  ?= release
+CONFIGURE ?=
 
 .PHONY: setup build test bench check bundle clean
 
@@ -9,7 +10,7 @@ setup:           ## install what is missing
 	@tools/setup
 
 build: setup     ## configure and build everything
-	@cmake --preset $(PRESET) -B $(BUILD) >/dev/null || cmake --preset $(PRESET) -B $(BUILD)
+	@cmake --preset $(PRESET) -B $(BUILD) $(CONFIGURE) >/dev/null
 	@cmake --build $(BUILD) -j $(JOBS)
 
 test: build      ## set up, build and run the fast tests
