@@ -1,0 +1,162 @@
+// The trainer's binary from text to a model: tokenizer, pack, pretrain (both stages), export;
+// SIGTERM ends it well and the run goes on to the same bytes.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <filesystem>
+#include <fstream>
+
+#include "absl/strings/str_cat.h"
+#include "tests/child_process.h"
+#include "trainer/random.h"
+
+namespace memory3 {
+namespace {
+
+using ::testing::HasSubstr;
+namespace fs = std::filesystem;
+
+class TrainerTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    root_ = fs::path(::testing::TempDir()) / absl::StrCat("trainer_", getpid());
+    fs::remove_all(root_);
+    fs::create_directories(root_);
+    std::ofstream text(Path("text.jsonl"));
+    Random random({1});
+    for (int d = 0; d < 60; ++d) {
+      text << "{\"id\": " << d << ", \"title\": \"Entry " << d << "\", \"text\": \"";
+      for (int w = 0; w < 200; ++w) {
+        text << (w % 12 == 11 ? ".\\n" : " ") << static_cast<char>('a' + random.Below(8))
+             << static_cast<char>('a' + random.Below(8));
+      }
+      text << "\"}\n";
+    }
+  }
+  void TearDown() override { fs::remove_all(root_); }
+  std::string Path(const std::string& name) const { return (root_ / name).string(); }
+
+  // Runs to the end; the exit code.
+  int Run(const std::vector<std::string>& arguments) {
+    ChildProcess process("trainer", arguments);
+    const int code = process.Wait();
+    output_ = process.output();
+    return code;
+  }
+  void Prepare() {
+    ASSERT_EQ(Run({"tokenizer", Path("text.jsonl"), "--out", Path("tok"), "--vocab_size", "320",
+                   "--sample_mb", "1", "--threads", "1"}),
+              0)
+        << output_;
+    ASSERT_EQ(Run({"pack", Path("text.jsonl"), "--tokenizer", Path("tok"), "--out", Path("shards"),
+                   "--hold_out_ids", "10:3"}),
+              0)
+        << output_;
+    EXPECT_THAT(output_, HasSubstr("54 documents"));
+  }
+  std::vector<std::string> Pretrain(const std::string& out, const std::string& steps) const {
+    return {"pretrain",       Path("shards"),
+            "--tokenizer",    Path("tok"),
+            "--out",          Path(out),
+            "--steps",        steps,
+            "--batch",        "2",
+            "--context",      "129",
+            "--hidden",       "32",
+            "--layers",       "2",
+            "--intermediate", "64",
+            "--heads",        "4",
+            "--kv_heads",     "2",
+            "--threads",      "1",
+            "--warmup_steps", "5"};
+  }
+  static std::string Bytes(const std::string& path) {
+    std::ifstream in(path, std::ios::binary);
+    EXPECT_TRUE(in.good()) << path;
+    return {std::istreambuf_iterator<char>(in), {}};
+  }
+
+  fs::path root_;
+  std::string output_;
+};
+
+TEST_F(TrainerTest, SigtermEndsItWellAndItGoesOnToTheSameBytes) {
+  Prepare();
+  ASSERT_EQ(Run(Pretrain("whole", "150")), 0) << output_;
+  int stops = 0;
+  for (int i = 0; i < 200; ++i) {
+    ChildProcess process("trainer", Pretrain("pieces", "150"));
+    ASSERT_TRUE(process.WaitForLine("tokens in the shards")) << process.output();
+    if (i < 4) process.Signal(SIGTERM);
+    ASSERT_EQ(process.Wait(), 0) << process.output();
+    const bool stopped = process.output().find("stopped at step") != std::string::npos;
+    stops += stopped;
+    if (!stopped) break;
+  }
+  EXPECT_GE(stops, 1);
+  EXPECT_TRUE(Bytes(Path("whole/model/model.safetensors")) ==
+              Bytes(Path("pieces/model/model.safetensors")));
+  ASSERT_EQ(Run({"export", Path("pieces/checkpoint-00000150.m3c"), "--tokenizer", Path("tok"),
+                 "--out", Path("exported")}),
+            0)
+      << output_;
+  EXPECT_TRUE(Bytes(Path("exported/model.safetensors")) ==
+              Bytes(Path("whole/model/model.safetensors")));
+}
+
+TEST_F(TrainerTest, ContinualTrainingGoesOnFromAWarmedUpModel) {
+  Prepare();
+  ASSERT_EQ(Run(Pretrain("warmup", "5")), 0) << output_;
+  const std::vector<std::string> arguments = {"pretrain",
+                                              Path("shards"),
+                                              "--stage",
+                                              "continual",
+                                              "--model",
+                                              Path("warmup/model"),
+                                              "--out",
+                                              Path("memory"),
+                                              "--steps",
+                                              "6",
+                                              "--batch",
+                                              "4",
+                                              "--context",
+                                              "129",
+                                              "--copy_every",
+                                              "3",
+                                              "--copy_exercises",
+                                              "4",
+                                              "--tokens_kept",
+                                              "128@0,8@3",
+                                              "--copy_level",
+                                              "0@0,2@3",
+                                              "--same_document",
+                                              "0.5",
+                                              "--threads",
+                                              "1"};
+  ASSERT_EQ(Run(arguments), 0) << output_;
+  EXPECT_THAT(Bytes(Path("memory/model/config.json")), HasSubstr("explicit_memory"));
+  const std::string metrics = Bytes(Path("memory/metrics.jsonl"));
+  EXPECT_THAT(metrics, HasSubstr("\"copy_five_memories\""));
+  EXPECT_THAT(metrics, HasSubstr("\"tokens_kept\":8"));
+}
+
+TEST_F(TrainerTest, BadInputIsRefusedByName) {
+  EXPECT_NE(Run({"pack", Path("none.jsonl"), "--tokenizer", Path("tok"), "--out", Path("s")}), 0);
+  Prepare();
+  EXPECT_NE(Run({"pack", Path("text.jsonl"), "--tokenizer", Path("tok"), "--out", Path("shards")}),
+            0);
+  EXPECT_THAT(output_, HasSubstr("exists already"));
+  std::vector<std::string> arguments = Pretrain("x", "5");
+  arguments[1] = Path("tok");
+  EXPECT_NE(Run(arguments), 0);
+  EXPECT_THAT(output_, HasSubstr("holds no token shard"));
+  arguments = Pretrain("x", "0");
+  EXPECT_NE(Run(arguments), 0);
+  EXPECT_THAT(output_, HasSubstr("--steps"));
+  EXPECT_NE(Run({"pretrain", Path("shards"), "--model", Path("nothing"), "--out", Path("y")}), 0);
+  EXPECT_THAT(output_, HasSubstr("nothing"));
+}
+
+}  // namespace
+}  // namespace memory3

@@ -1,0 +1,400 @@
+// `trainer pretrain` and `trainer export`.
+#include <cstdio>
+#include <filesystem>
+
+#include "absl/strings/str_cat.h"
+#include "nlohmann/json.hpp"
+#include "trainer/command.h"
+#include "trainer/continual.h"
+#include "trainer/copy_evaluation.h"
+#include "trainer/corpus.h"
+#include "trainer/progress.h"
+#include "trainer/reference_index.h"
+#include "trainer/run_checkpoint.h"
+#include "trainer/training_run.h"
+#include "transformer/checkpoint.h"
+#include "transformer/parameters.h"
+
+namespace memory3 {
+namespace {
+
+using nlohmann::json;
+
+struct PretrainFlags {
+  std::string stage = "warmup", tokenizer, model, schedule = "cosine";
+  std::vector<std::string> shards;
+  DeviceFlags device;
+  ModelConfig config;  // of a new model
+  bool untied = false, no_shuffle = false, recompute = false;
+  int context = 256, batch = 8;
+  uint64_t seed = 1;
+  RunOptions run;
+
+  // Continual stage.
+  std::string embedder = "lexical", kept = "128@0", level = "0@0";
+  ContinualOptions continual;
+  ReferenceIndex::Options references;
+  bool stop_writing_gradient = false;
+  int64_t copy_every = 100;
+  int copy_exercises = 50;
+};
+
+void AddModelFlags(CLI::App* flags, ModelConfig* c, bool* untied) {
+  c->hidden_size = 256;
+  c->intermediate_size = 704;
+  c->layers = 6;
+  c->heads = 8;
+  c->kv_heads = 4;
+  c->max_position_embeddings = 2048;
+  const auto add = [&](const char* name, int* value, const char* help) {
+    flags->add_option(name, *value, help)
+        ->check(CLI::Range(1, 1 << 20))
+        ->capture_default_str()
+        ->group("New model");
+  };
+  add("--hidden", &c->hidden_size, "Width");
+  add("--intermediate", &c->intermediate_size, "Width of the MLP");
+  add("--layers", &c->layers, "Blocks");
+  add("--heads", &c->heads, "Query heads; the head size is hidden / heads");
+  add("--kv_heads", &c->kv_heads, "Key/value heads");
+  add("--max_positions", &c->max_position_embeddings, "max_position_embeddings");
+  flags->add_flag("--untied", *untied, "An lm_head of its own")->group("New model");
+}
+
+void AddRunFlags(CLI::App* flags, PretrainFlags* f) {
+  RunOptions& r = f->run;
+  flags->add_option("--out", r.directory, "The run's directory; one with checkpoints is resumed")
+      ->required();
+  flags->add_option("--steps", r.schedule.steps)
+      ->check(CLI::Range(1, 1 << 30))
+      ->capture_default_str();
+  flags->add_option("--schedule", f->schedule)
+      ->check(CLI::IsMember({"cosine", "wsd"}))
+      ->capture_default_str();
+  flags->add_option("--learning_rate", r.schedule.peak)
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  flags->add_option("--final_learning_rate", r.schedule.floor)
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  flags->add_option("--warmup_steps", r.schedule.warmup)
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  flags->add_option("--decay_steps", r.schedule.decay, "wsd: the last steps, falling linearly")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  flags->add_option("--batch", f->batch, "Sequences of one pass")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  flags->add_option("--accumulate", r.accumulate, "Passes of one update")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  flags->add_option("--context", f->context, "Tokens of a sequence, <s> included")
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
+  flags->add_option("--weight_decay", r.weight_decay)
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  flags->add_option("--clip", r.clip, "Norm of the gradient; 0: no clipping")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  flags
+      ->add_option("--spike_deviations", r.spike_deviations,
+                   "Skips updates whose loss is this far above its running mean; 0: none")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  flags->add_option("--save_every", r.save_every, "Steps between checkpoints")
+      ->check(CLI::Range(1, 1 << 30))
+      ->capture_default_str();
+  flags->add_option("--keep", r.keep, "Checkpoints kept")
+      ->check(CLI::Range(1, 1000000))
+      ->capture_default_str();
+  flags->add_option("--stop_after", r.stop_after, "Stops after so many steps; 0: at the end")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  flags->add_option("--seed", f->seed)->capture_default_str();
+  flags->add_flag("--no_shuffle", f->no_shuffle, "Windows in the shards' order");
+  flags->add_flag("--recompute", f->recompute, "Recomputes activations in backward: less memory");
+}
+
+void AddContinualFlags(CLI::App* flags, PretrainFlags* f) {
+  const auto group = [](CLI::Option* o) { return o->capture_default_str()->group("Continual"); };
+  group(flags->add_option("--embedder", f->embedder, "Retrieves references"));
+  group(flags
+            ->add_option("--references", f->references.most,
+                         "References searched, drawn from the shards; 4 KiB each")
+            ->check(CLI::Range(1, 10000000)));
+  group(flags->add_option("--tokens_kept", f->kept,
+                          "Tokens kept of a reference, VALUE@STEP,…: 128@0,32@2000,8@4000"));
+  group(flags->add_option("--copy_level", f->level,
+                          "Copying exercises up to: 0 in the context, 1 one memory, 2 a chunk's "
+                          "worth of memories; VALUE@STEP,…"));
+  group(flags->add_option("--copy", f->continual.copy, "Part of the sequences that copy")
+            ->check(CLI::Range(0.0, 1.0)));
+  group(flags
+            ->add_option("--same_document", f->continual.retrieval.same_document,
+                         "Probability that a chunk's reference is another piece of its document")
+            ->check(CLI::Range(0.0, 1.0)));
+  group(flags
+            ->add_option("--overlap_limit", f->continual.retrieval.overlap_limit,
+                         "Rejects references that overlap the sequence more; 1: none")
+            ->check(CLI::Range(0.0, 1.0)));
+  flags
+      ->add_flag("--stop_writing_gradient", f->stop_writing_gradient,
+                 "No gradient through the writing of memories")
+      ->group("Continual");
+  group(flags
+            ->add_option("--copy_every", f->copy_every,
+                         "Steps between measurements of exact match on copying; 0: none")
+            ->check(CLI::NonNegativeNumber));
+  group(flags->add_option("--copy_exercises", f->copy_exercises, "Values of each measurement")
+            ->check(CLI::Range(1, 100000)));
+}
+
+// Batches with activations recomputed.
+class Recomputed : public BatchSource {
+ public:
+  explicit Recomputed(BatchSource* source) : source_(source) {}
+  absl::StatusOr<TrainingBatch> Make(int64_t number) override {
+    absl::StatusOr<TrainingBatch> batch = source_->Make(number);
+    if (batch.ok()) batch->recompute_activations = true;
+    return batch;
+  }
+
+ private:
+  BatchSource* source_;
+};
+
+absl::StatusOr<ModelConfig> NewModel(const PretrainFlags& f, const Tokenizer& tokenizer) {
+  ModelConfig c = f.config;
+  if (c.hidden_size % c.heads != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("hidden: ", c.hidden_size, " is no multiple of heads, ", c.heads));
+  }
+  c.head_dim = c.hidden_size / c.heads;
+  c.vocab_size = tokenizer.vocab_size();
+  c.bos_token_id = tokenizer.bos_id();
+  if (tokenizer.eos_id() >= 0) c.eos_token_ids = {tokenizer.eos_id()};
+  c.tie_word_embeddings = !f.untied;
+  return c;
+}
+
+absl::Status SaveModelOnce(const Parameters& parameters, const std::string& directory,
+                           const std::string& tokenizer) {
+  const absl::Status status = parameters.Save(directory, DType::kF32, tokenizer);
+  return absl::IsAlreadyExists(status) ? absl::OkStatus() : status;
+}
+
+// What continual training has beyond warm-up.
+struct ContinualStage {
+  std::unique_ptr<Embedder> embedder;
+  std::unique_ptr<ReferenceIndex> index;
+  std::unique_ptr<ContinualBatches> batches;
+  StepSchedule kept;
+
+  absl::Status Prepare(PretrainFlags& f, const ModelConfig& config, const Tokenizer& tokenizer,
+                       const TokenCorpus& corpus, WindowOrder order) {
+    const int most = config.explicit_memory->reference_tokens;
+    auto kept_steps = StepSchedule::Parse(f.kept, "tokens_kept", 1, most);
+    if (!kept_steps.ok()) return kept_steps.status();
+    auto level = StepSchedule::Parse(f.level, "copy_level", 0, 2);
+    if (!level.ok()) return level.status();
+    kept = f.continual.kept = *kept_steps;
+    f.continual.level = *level;
+    f.continual.sequences = f.batch;
+    f.continual.tokens = f.context;
+    f.continual.accumulate = f.run.accumulate;
+    f.continual.gradient_through_writing = !f.stop_writing_gradient;
+    f.continual.seed = f.references.seed = f.seed;
+    f.references.reference_tokens = most;
+    f.run.settings["continual"] = {{"embedder", f.embedder},
+                                   {"references", f.references.most},
+                                   {"tokens_kept", f.kept},
+                                   {"copy_level", f.level},
+                                   {"copy", f.continual.copy},
+                                   {"same_document", f.continual.retrieval.same_document},
+                                   {"overlap_limit", f.continual.retrieval.overlap_limit},
+                                   {"stop_writing_gradient", f.stop_writing_gradient}};
+    auto made = MakeEmbedder(f.embedder, {.threads = f.device.threads});
+    if (!made.ok()) return made.status();
+    embedder = *std::move(made);
+    Progress progress("embedding", "references");
+    auto built =
+        ReferenceIndex::Build(&corpus, &tokenizer, embedder.get(), f.references,
+                              [&](int64_t done, int64_t total) { progress.Update(done, total); });
+    if (!built.ok()) return built.status();
+    index = *std::move(built);
+    batches = std::make_unique<ContinualBatches>(&config, &tokenizer, &corpus, index.get(),
+                                                 std::move(order), f.continual);
+    return absl::OkStatus();
+  }
+};
+
+absl::Status RunPretrain(PretrainFlags& f) {
+  StopOnSignals();
+  const std::string tokenizer_directory = f.tokenizer.empty() ? f.model : f.tokenizer;
+  if (tokenizer_directory.empty()) {
+    return absl::InvalidArgumentError("tokenizer: needed for a new model");
+  }
+  auto tokenizer = OpenAnyTokenizer(tokenizer_directory);
+  if (!tokenizer.ok()) return tokenizer.status();
+  std::unique_ptr<Checkpoint> initial;
+  absl::StatusOr<ModelConfig> config;
+  if (f.model.empty()) {
+    config = NewModel(f, **tokenizer);
+  } else {
+    auto checkpoint = Checkpoint::Open(f.model);
+    if (!checkpoint.ok()) return checkpoint.status();
+    initial = *std::move(checkpoint);
+    config = initial->config();
+    auto fits = OpenTokenizer(tokenizer_directory, *config);
+    if (!fits.ok()) return fits.status();
+  }
+  if (!config.ok()) return config.status();
+  const bool continual = f.stage == "continual";
+  if (continual && !config->explicit_memory) {
+    ExplicitMemoryConfig& memory = config->explicit_memory.emplace();
+    for (int i = 0; i < (config->layers + 1) / 2; ++i) memory.memory_layers.push_back(i);
+    memory.prefix_token_ids = PrefixTokenIds(**tokenizer);
+  }
+  int taken = 0;  // positions before the sequence
+  if (continual) {
+    taken = static_cast<int>(config->explicit_memory->prefix_token_ids.size()) +
+            config->explicit_memory->reference_tokens;
+  }
+  if (f.context + taken > config->max_position_embeddings) {
+    return absl::InvalidArgumentError(absl::StrCat("context: ", f.context, " is above the model's ",
+                                                   config->max_position_embeddings - taken));
+  }
+  auto corpus = TokenCorpus::Open(f.shards, (*tokenizer)->file_hash());
+  if (!corpus.ok()) return corpus.status();
+  auto order = WindowOrder::Create(corpus->get(), f.context, f.seed, !f.no_shuffle);
+  if (!order.ok()) return order.status();
+  auto device = f.device.Make();
+  if (!device.ok()) return device.status();
+  auto parameters = Parameters::Create(device->get(), *config);
+  if (!parameters.ok()) return parameters.status();
+  const InitialParameters fresh(f.seed, config->layers);
+  const TensorSource& source = initial ? static_cast<const TensorSource&>(*initial)
+                                       : static_cast<const TensorSource&>(fresh);
+  if (absl::Status status = (*parameters)->Load(source); !status.ok()) return status;
+
+  f.run.schedule.kind = f.schedule == "wsd" ? Schedule::Kind::kWsd : Schedule::Kind::kCosine;
+  f.run.settings = {{"stage", f.stage},
+                    {"model", json::parse(ModelConfigToJson(*config))},
+                    {"tokenizer", (*tokenizer)->file_hash().ToHex()},
+                    {"data", (*corpus)->digest()},
+                    {"seed", f.seed},
+                    {"shuffle", !f.no_shuffle},
+                    {"context", f.context},
+                    {"batch", f.batch}};
+  std::printf("%lld parameters, %lld tokens in the shards, %lld windows, %s\n",
+              static_cast<long long>((*parameters)->size()),
+              static_cast<long long>((*corpus)->tokens()), static_cast<long long>(order->windows()),
+              (*device)->name().c_str());
+  std::fflush(stdout);
+  if (absl::Status status =
+          SaveModelOnce(**parameters, f.run.directory + "/initial", tokenizer_directory);
+      !status.ok()) {
+    return status;
+  }
+  PlainBatches plain(corpus->get(), *order, f.batch, f.context, (*tokenizer)->bos_id());
+  BatchSource* batches = &plain;
+  ContinualStage stage;
+  if (continual) {
+    absl::Status status = stage.Prepare(f, *config, **tokenizer, **corpus, *std::move(order));
+    if (!status.ok()) return status;
+    batches = stage.batches.get();
+  }
+  Recomputed recomputed(batches);
+  if (f.recompute) batches = &recomputed;
+  const auto measure = [&](int64_t step, json* metrics) -> absl::Status {
+    if (f.copy_every == 0 || (step % f.copy_every != 0 && step != f.run.schedule.steps)) {
+      return absl::OkStatus();
+    }
+    const int kept = stage.kept.At(step - 1);
+    (*metrics)["tokens_kept"] = kept;
+    const char* const names[] = {"copy_context", "copy_one_memory", "copy_five_memories"};
+    for (int level = 0; level <= 2; ++level) {
+      const auto match = CopyExactMatch(**parameters, static_cast<CopyLevel>(level), kept,
+                                        f.copy_exercises, f.seed + 0xe7a1);
+      if (!match.ok()) return match.status();
+      (*metrics)[names[level]] = *match;
+    }
+    return absl::OkStatus();
+  };
+  absl::StatusOr<RunOutcome> outcome =
+      continual ? RunTraining(parameters->get(), batches, f.run, measure)
+                : RunTraining(parameters->get(), batches, f.run, nullptr);
+  if (!outcome.ok()) return outcome.status();
+  if (!outcome->finished) {
+    std::printf("stopped at step %lld; the same command goes on from there\n",
+                static_cast<long long>(outcome->step));
+    return absl::OkStatus();
+  }
+  const std::string out = f.run.directory + "/model";
+  if (absl::Status status = SaveModelOnce(**parameters, out, tokenizer_directory); !status.ok()) {
+    return status;
+  }
+  std::printf("%s: %lld steps\n", out.c_str(), static_cast<long long>(outcome->step));
+  return absl::OkStatus();
+}
+
+struct ExportFlags {
+  std::string checkpoint, tokenizer, out, dtype = "f32";
+  DeviceFlags device;
+};
+
+absl::Status RunExport(const ExportFlags& f) {
+  absl::StatusOr<json> about = ReadRunCheckpointAbout(f.checkpoint);
+  if (!about.ok()) return about.status();
+  const json model = about->value("settings", json::object()).value("model", json::object());
+  absl::StatusOr<ModelConfig> config = ParseModelConfig(model.dump(), f.checkpoint);
+  if (!config.ok()) return config.status();
+  auto tokenizer = OpenTokenizer(f.tokenizer, *config);
+  if (!tokenizer.ok()) return tokenizer.status();
+  auto device = f.device.Make();
+  if (!device.ok()) return device.status();
+  auto parameters = Parameters::Create(device->get(), *config);
+  if (!parameters.ok()) return parameters.status();
+  absl::Status status = LoadRunCheckpoint(f.checkpoint, parameters->get(), nullptr, nullptr);
+  if (!status.ok()) return status;
+  return (*parameters)->Save(f.out, f.dtype == "bf16" ? DType::kBF16 : DType::kF32, f.tokenizer);
+}
+
+}  // namespace
+
+void AddPretrainCommand(CLI::App* app, Commands* commands) {
+  CLI::App* flags = app->add_subcommand("pretrain", "Trains a model on token shards");
+  auto f = std::make_shared<PretrainFlags>();
+  flags->add_option("shards", f->shards, "Directories of shards (trainer pack), or shards")
+      ->required();
+  flags
+      ->add_option("--stage", f->stage,
+                   "warmup: ordinary language modelling; continual: with memories")
+      ->check(CLI::IsMember({"warmup", "continual"}))
+      ->capture_default_str();
+  flags->add_option("--model", f->model, "Model directory to start from; none: a new model");
+  flags->add_option("--tokenizer", f->tokenizer,
+                    "Directory of the tokenizer; default: the model's");
+  AddRunFlags(flags, f.get());
+  AddContinualFlags(flags, f.get());
+  AddModelFlags(flags, &f->config, &f->untied);
+  f->device.AddTo(flags);
+  commands->push_back({flags, [f] { return RunPretrain(*f); }});
+}
+
+void AddExportCommand(CLI::App* app, Commands* commands) {
+  CLI::App* flags = app->add_subcommand("export", "Writes a run's checkpoint as a model directory");
+  auto f = std::make_shared<ExportFlags>();
+  flags->add_option("checkpoint", f->checkpoint, "checkpoint-*.m3c")->required();
+  flags->add_option("--tokenizer", f->tokenizer, "Directory of the tokenizer")->required();
+  flags->add_option("--out", f->out, "The model directory to write")->required();
+  flags->add_option("--dtype", f->dtype)
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
+  f->device.AddTo(flags);
+  commands->push_back({flags, [f] { return RunExport(*f); }});
+}
+
+}  // namespace memory3
