@@ -138,6 +138,13 @@ class FakeBase final : public MemoryBase {
     absl::MutexLock lock(&mutex_);
     return queries_;
   }
+  // A chunk whose only token is the last of the output is asked for but not waited for. False:
+  // there were not that many queries within a minute.
+  bool WaitForQueries(int count) const {
+    absl::MutexLock lock(&mutex_);
+    const auto reached = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS { return queries_ >= count; };
+    return mutex_.AwaitWithTimeout(absl::Condition(&reached), absl::Minutes(1));
+  }
   int evictions() const {
     absl::MutexLock lock(&mutex_);
     return evictions_;
