@@ -50,8 +50,9 @@ PutWriter::~PutWriter() {
 }
 
 absl::Status PutWriter::Write(v1::Entry entry, std::string_view record) {
-  const absl::Status ended =
-      absl::UnavailableError("the stream of entries has ended; Finish says why");
+  const auto ended = [] {
+    return absl::UnavailableError("the stream of entries has ended; Finish says why");
+  };
   v1::PutRequest message;
   const bool in_pieces = static_cast<int64_t>(record.size()) > kMaxPieceBytes;
   if (in_pieces) {
@@ -60,10 +61,10 @@ absl::Status PutWriter::Write(v1::Entry entry, std::string_view record) {
     entry.set_record(std::string(record));
   }
   *message.mutable_entry() = std::move(entry);
-  if (!writer()->Write(message)) return ended;
+  if (!writer()->Write(message)) return ended();
   for (size_t at = 0; in_pieces && at < record.size(); at += kMaxPieceBytes) {
     message.set_record_piece(std::string(record.substr(at, kMaxPieceBytes)));
-    if (!writer()->Write(message)) return ended;
+    if (!writer()->Write(message)) return ended();
   }
   return absl::OkStatus();
 }
@@ -105,7 +106,7 @@ void RetrieveStream::Send(v1::RetrieveRequest request, Callback done) {
     }
   }
   if (!ended.ok()) {
-    done(ended);
+    done(ended);  // NOLINT(bugprone-use-after-move): moved only while the stream lives
     return;
   }
   request.set_request_id(id);
