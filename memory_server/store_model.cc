@@ -116,6 +116,8 @@ ModelEntries StoreModel::Replay(const std::vector<Change>& changes) {
       case Change::kDeleteRecord:
         std::erase_if(entries, [&](const auto& e) { return e.second == c.number; });
         break;
+      case Change::kPublished:
+        break;
     }
   }
   return entries;
@@ -230,6 +232,8 @@ void StoreModel::Apply(const Operation& op) {
       loads_.erase(load);
       std::vector<Change> puts;
       for (const auto& [name, number] : done.staged) puts.push_back({Change::kPut, name, number});
+      // Also an empty load leaves its mark: a load begun after it goes in above it.
+      puts.push_back({Change::kPublished, {}, 0});
       std::vector<Change> changes;
       size_t at = 0;
       if (done.mode == LoadMode::kAppend) {

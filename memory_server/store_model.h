@@ -74,7 +74,7 @@ class StoreModel {
 
  private:
   struct Change {
-    enum Kind { kPut, kDeleteDocument, kDeleteRecord } kind = kPut;
+    enum Kind { kPut, kDeleteDocument, kDeleteRecord, kPublished } kind = kPut;
     EntryName name;
     uint64_t number = 0;
   };
