@@ -1,0 +1,164 @@
+// Both sources against a real store: in the process, and behind a memory server that is stopped and
+// started again.
+#include "inference_server/memory_source.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <future>
+#include <memory>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "inference_server/embedded_memory_source.h"
+#include "inference_server/remote_memory_source.h"
+#include "memory_server/rocksdb_store.h"
+#include "memory_server/server.h"
+#include "memory_server/store_testing.h"
+
+namespace memory3 {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+ReaderIdentity Reader() {
+  ReaderIdentity reader;
+  reader.writer_fingerprint = store_testing::FingerprintOf("writer");
+  reader.embedder_fingerprint = store_testing::FingerprintOf("embedder");
+  reader.embedding_dimension = 8;
+  for (const int layer : {0, 1}) reader.geometry.add_memory_layers(layer);
+  reader.geometry.set_kv_heads(1);
+  reader.geometry.set_head_dim(4);
+  reader.geometry.set_tokens_kept(2);
+  reader.geometry.set_reference_tokens(16);
+  return reader;
+}
+
+class MemorySourceTest : public ::testing::TestWithParam<bool> {
+ protected:
+  MemorySourceTest() {
+    auto store = OpenRocksDbStore({.directory = directory_.path() + "/db"});
+    EXPECT_TRUE(store.ok()) << store.status();
+    store_ = *std::move(store);
+    EXPECT_TRUE(store_->CreateKnowledgeBase("default", store_testing::SmallSpec("kb"), false).ok());
+    for (int i = 0; i < 5; ++i) {
+      const auto entry = store_testing::MakeEntry(absl::StrCat("d", i), 0, i);
+      EXPECT_TRUE(store_->Put("default", "kb", {&entry->entry, 1}, true).ok());
+    }
+    EXPECT_TRUE(store_->SetAlias("default", "live", "kb").ok());
+    KnowledgeBaseSpec foreign = store_testing::SmallSpec("foreign");
+    foreign.writer_fingerprint = store_testing::FingerprintOf("another writer");
+    EXPECT_TRUE(store_->CreateKnowledgeBase("default", foreign, false).ok());
+    if (GetParam()) {
+      StartServer("127.0.0.1:0");
+      RemoteMemoryOptions options;
+      options.client.target = absl::StrCat("127.0.0.1:", server_->port());
+      options.client.timeout = absl::Seconds(20);
+      options.patience = absl::Milliseconds(50);
+      auto source = RemoteMemorySource::Create(options, Reader());
+      EXPECT_TRUE(source.ok()) << source.status();
+      source_ = *std::move(source);
+    } else {
+      source_ = std::make_unique<EmbeddedMemorySource>(store_.get(), Reader());
+    }
+  }
+  ~MemorySourceTest() override {
+    source_.reset();
+    if (server_) server_->Shutdown(absl::ZeroDuration());
+  }
+  void StartServer(const std::string& listen) {
+    auto server = MemoryServer::Start(store_.get(), {.listen = listen}, {});
+    ASSERT_TRUE(server.ok()) << server.status();
+    server_ = *std::move(server);
+  }
+  static absl::StatusOr<SourceAnswer> Ask(MemoryBase& base, std::vector<RecordId> missing = {}) {
+    SourceRequest request;
+    request.queries.push_back({store_testing::MakeVector(2), 3, std::nullopt, {}});
+    request.missing = std::move(missing);
+    request.deadline = absl::Now() + absl::Seconds(30);
+    std::promise<absl::StatusOr<SourceAnswer>> answer;
+    base.Retrieve(std::move(request),
+                  [&](absl::StatusOr<SourceAnswer> a) { answer.set_value(std::move(a)); });
+    return answer.get_future().get();
+  }
+
+  store_testing::TemporaryDirectory directory_;
+  std::unique_ptr<MemoryStore> store_;
+  std::unique_ptr<MemoryServer> server_;
+  std::unique_ptr<MemorySource> source_;
+};
+
+TEST_P(MemorySourceTest, OpensWhatTheModelCanReadAndNothingElse) {
+  const auto base = source_->Open("default", "live");
+  ASSERT_TRUE(base.ok()) << base.status();
+  EXPECT_EQ((*base)->name(), "kb");
+  EXPECT_EQ((*base)->tenant(), "default");
+  EXPECT_EQ(*source_->Open("default", "live"), *base);
+  EXPECT_TRUE(absl::IsNotFound(source_->Open("default", "nowhere").status()));
+  const absl::Status foreign = source_->Open("default", "foreign").status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(foreign)) << foreign;
+  EXPECT_THAT(std::string(foreign.message()), HasSubstr("was written by model"));
+  EXPECT_FALSE(source_->Open("stranger", "kb").ok());
+  const auto names = source_->List("default");
+  ASSERT_TRUE(names.ok()) << names.status();
+  EXPECT_THAT(*names, ElementsAre("kb"));
+}
+
+TEST_P(MemorySourceTest, SendsBytesOnceAndAgainWhenEvictedOrMissing) {
+  const auto base = source_->Open("default", "kb");
+  ASSERT_TRUE(base.ok()) << base.status();
+  auto answer = Ask(**base);
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  ASSERT_EQ(answer->queries.size(), 1u);
+  ASSERT_EQ(answer->queries[0].size(), 3u);
+  const RecordId best = answer->queries[0][0].id;
+  EXPECT_EQ(best, store_testing::MakeId(2));
+  EXPECT_EQ(answer->queries[0][0].sources.at(0).document_id(), "d2");
+  ASSERT_EQ(answer->records.size(), 3u);
+  EXPECT_EQ(answer->records.at(best).bytes, store_testing::MakeRecord(2));
+
+  answer = Ask(**base);
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  EXPECT_EQ(answer->queries[0].size(), 3u);
+  EXPECT_TRUE(answer->records.empty());
+
+  (*base)->Evicted(best);
+  answer = Ask(**base);
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  ASSERT_EQ(answer->records.size(), 1u);
+  EXPECT_TRUE(answer->records.contains(best));
+
+  answer = Ask(**base, {best});
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  EXPECT_EQ(answer->records.size(), 1u);
+}
+
+TEST_P(MemorySourceTest, AServerThatDiesIsFoundAgain) {
+  if (!GetParam()) GTEST_SKIP() << "there is no server in the process";
+  const auto base = source_->Open("default", "kb");
+  ASSERT_TRUE(base.ok()) << base.status();
+  ASSERT_TRUE(Ask(**base).ok());
+  const std::string address = absl::StrCat("127.0.0.1:", server_->port());
+  server_->Shutdown(absl::ZeroDuration());
+  server_.reset();
+  const absl::Status gone = Ask(**base).status();
+  EXPECT_TRUE(absl::IsUnavailable(gone)) << gone;
+  // What the name meant is still known.
+  EXPECT_EQ(*source_->Open("default", "kb"), *base);
+
+  StartServer(address);
+  absl::StatusOr<SourceAnswer> answer = absl::UnavailableError("not asked yet");
+  const absl::Time limit = absl::Now() + absl::Seconds(40);
+  while (!answer.ok() && absl::Now() < limit) answer = Ask(**base);
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  EXPECT_EQ(answer->queries[0].size(), 3u);
+  EXPECT_TRUE(answer->records.empty());  // the new stream was told what is here
+}
+
+INSTANTIATE_TEST_SUITE_P(Sources, MemorySourceTest, ::testing::Bool(),
+                         [](const auto& info) { return info.param ? "Remote" : "Embedded"; });
+
+}  // namespace
+}  // namespace memory3
