@@ -139,6 +139,16 @@ TEST_F(TrainerTest, ContinualTrainingGoesOnFromAWarmedUpModel) {
   const std::string metrics = Bytes(Path("memory/metrics.jsonl"));
   EXPECT_THAT(metrics, HasSubstr("\"copy_five_memories\""));
   EXPECT_THAT(metrics, HasSubstr("\"tokens_kept\":8"));
+  ASSERT_EQ(Run({"evaluate", Path("shards"), "--references", Path("shards"), "--model",
+                 Path("memory/model"), "--windows", "3", "--context", "129", "--threads", "1",
+                 "--out", Path("report.json")}),
+            0)
+      << output_;
+  EXPECT_THAT(Bytes(Path("report.json")), HasSubstr("memory_own_chunk_query"));
+  EXPECT_NE(Run({"evaluate", Path("shards"), "--references", Path("shards"), "--model",
+                 Path("warmup/model")}),
+            0);
+  EXPECT_THAT(output_, HasSubstr("explicit_memory"));
 }
 
 TEST_F(TrainerTest, BadInputIsRefusedByName) {

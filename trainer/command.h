@@ -27,6 +27,7 @@ void AddTokenizerCommand(CLI::App* app, Commands* commands);
 void AddPackCommand(CLI::App* app, Commands* commands);
 void AddPretrainCommand(CLI::App* app, Commands* commands);
 void AddExportCommand(CLI::App* app, Commands* commands);
+void AddEvaluateCommand(CLI::App* app, Commands* commands);
 
 // --device and --threads.
 struct DeviceFlags {

@@ -29,6 +29,21 @@ constexpr double kSpikeDecay = 0.95;   // of the running mean, a step
 
 volatile std::sig_atomic_t stop_requested = 0;
 
+sigset_t StopSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  return signals;
+}
+
+bool StopRequested() {
+  sigset_t pending;
+  sigpending(&pending);
+  return stop_requested != 0 || sigismember(&pending, SIGTERM) == 1 ||
+         sigismember(&pending, SIGINT) == 1;
+}
+
 // What changes from step to step besides the arrays.
 struct RunState {
   int64_t step = 0;     // steps done
@@ -128,11 +143,11 @@ json Settings(const RunOptions& o) {
 
 void RequestStop() { stop_requested = 1; }
 
+// The signals stay blocked and are asked for between steps: a handler that ran on the compute
+// thread's stack in the middle of a generated kernel was seen to end in a corrupted heap.
 void StopOnSignals() {
-  struct sigaction action = {};
-  action.sa_handler = [](int) { RequestStop(); };
-  sigaction(SIGTERM, &action, nullptr);
-  sigaction(SIGINT, &action, nullptr);
+  const sigset_t signals = StopSignals();
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
 }
 
 absl::StatusOr<RunOutcome> RunTraining(
@@ -185,7 +200,7 @@ absl::StatusOr<RunOutcome> RunTraining(
   const int64_t end = options.schedule.steps;
   const int64_t first = state.step;
   int64_t saved = state.step;
-  while (state.step < end && stop_requested == 0 &&
+  while (state.step < end && !StopRequested() &&
          (options.stop_after == 0 || state.step - first < options.stop_after)) {
     const Clock::time_point begin = Clock::now();
     device.Zero(gradient->data(), gradient->bytes());

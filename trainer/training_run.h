@@ -60,7 +60,7 @@ absl::StatusOr<RunOutcome> RunTraining(
 
 // Makes RunTraining save a checkpoint and return after the step under way. Async-signal-safe.
 void RequestStop();
-// SIGTERM and SIGINT call RequestStop.
+// From now on SIGTERM and SIGINT do the same. Call before other threads start.
 void StopOnSignals();
 
 }  // namespace memory3
