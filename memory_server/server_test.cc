@@ -1,0 +1,149 @@
+// The server as an object, with the real store and client in one process, so that sanitizers see
+// all of it.
+#include "memory_server/server.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <thread>
+
+#include "memory_server/client.h"
+#include "memory_server/conversions.h"
+#include "memory_server/rocksdb_store.h"
+#include "memory_server/store_testing.h"
+
+namespace memory3 {
+namespace {
+
+using Stub = MemoryClient::Stub;
+
+class ServerTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    RocksDbStoreOptions options;
+    options.directory = directory_.path() + "/data";
+    absl::StatusOr<std::unique_ptr<MemoryStore>> store = OpenRocksDbStore(options);
+    ASSERT_TRUE(store.ok()) << store.status();
+    store_ = *std::move(store);
+    ServingOptions serving;
+    serving.listen = "127.0.0.1:0";
+    absl::StatusOr<std::unique_ptr<MemoryServer>> server =
+        MemoryServer::Start(store_.get(), serving, {});
+    ASSERT_TRUE(server.ok()) << server.status();
+    server_ = *std::move(server);
+  }
+  std::unique_ptr<MemoryClient> Connect() {
+    MemoryClientOptions options;
+    options.target = "127.0.0.1:" + std::to_string(server_->port());
+    return *MemoryClient::Create(options);
+  }
+  static v1::Entry EntryOf(uint64_t n) {
+    const auto owned = store_testing::MakeEntry("doc-" + std::to_string(n % 7), n, n);
+    v1::Entry entry;
+    *entry.mutable_source() = ToProto(owned->entry.source);
+    entry.set_record_id(std::string(owned->entry.record_id.view()));
+    entry.mutable_embedding()->Add(owned->embedding.begin(), owned->embedding.end());
+    return entry;
+  }
+
+  store_testing::TemporaryDirectory directory_;
+  std::unique_ptr<MemoryStore> store_;
+  std::unique_ptr<MemoryServer> server_;
+};
+
+TEST_F(ServerTest, ManyClientsAtOnceSeeWholeAnswersOnly) {
+  constexpr int kRounds = 30;
+  constexpr uint64_t kNumbers = 64;
+  for (const char* name : {"a", "b"}) {
+    ASSERT_TRUE(store_->CreateKnowledgeBase("default", store_testing::SmallSpec(name), false).ok());
+  }
+  ASSERT_TRUE(store_->SetAlias("default", "live", "a").ok());
+
+  std::atomic<int> answers{0}, wrong{0};
+  const auto expect_ok = [&](const absl::Status& status) {
+    if (status.ok()) return;
+    ++wrong;
+    ADD_FAILURE() << status;
+  };
+  const auto put = [&](uint64_t seed) {
+    const auto client = Connect();
+    for (uint64_t round = 0; round < kRounds; ++round) {
+      const auto writer = client->Put(round % 2 == 0 ? "a" : "live", /*wait=*/round % 8 == 0);
+      for (uint64_t i = 0; i < 8; ++i) {
+        const uint64_t n = (seed + 8 * round + i) % kNumbers;
+        (void)writer->Write(EntryOf(n), store_testing::MakeRecord(n));
+      }
+      expect_ok(writer->Finish().status());
+    }
+  };
+  const auto remove = [&](uint64_t seed) {
+    const auto client = Connect();
+    for (uint64_t round = 0; round < kRounds; ++round) {
+      if (round % 2 == 0) {
+        v1::DeleteRecordsRequest request;
+        request.set_knowledge_base("a");
+        request.add_record_ids(
+            std::string(store_testing::MakeId((seed + 5 * round) % kNumbers).view()));
+        expect_ok(client->Call(&Stub::DeleteRecords, request).status());
+      } else {
+        v1::DeleteDocumentsRequest request;
+        request.set_knowledge_base("live");
+        request.add_document_ids("doc-" + std::to_string(round % 7));
+        expect_ok(client->Call(&Stub::DeleteDocuments, request).status());
+      }
+    }
+  };
+  const auto retrieve = [&](uint64_t seed) {
+    const auto client = Connect();
+    std::string evicted;
+    std::unique_ptr<RetrieveStream> stream = client->OpenRetrieve();
+    for (uint64_t round = 0; round < 2 * kRounds; ++round) {
+      v1::RetrieveRequest request;
+      request.set_knowledge_base(round % 3 == 0 ? "a" : "live");
+      request.set_evicted(std::move(evicted));
+      evicted.clear();
+      const std::vector<float> vector = store_testing::MakeVector((seed + round) % kNumbers);
+      request.add_queries()->mutable_embedding()->Add(vector.begin(), vector.end());
+      request.mutable_queries(0)->set_top_k(5);
+      const absl::StatusOr<RetrieveAnswer> answer = stream->Retrieve(std::move(request));
+      expect_ok(answer.status());
+      if (!answer.ok()) return;
+      ++answers;
+      for (const auto& hit : answer->hits.queries(0).hits()) {
+        const auto record = answer->records.find(*RecordId::FromBytes(hit.record_id()));
+        // All was reported evicted, so nothing is held; and bytes are the id's own.
+        if (hit.held() || hit.sources_size() == 0 || record == answer->records.end()) {
+          ++wrong;
+          continue;
+        }
+        evicted += hit.record_id();
+        const uint64_t n = std::stoull(hit.sources(0).metadata().at("number"));
+        if (hit.record_id() != store_testing::MakeId(n).view() ||
+            *record->second != store_testing::MakeRecord(n))
+          ++wrong;
+      }
+      if (round % 20 == 19) stream = client->OpenRetrieve(), evicted.clear();
+    }
+  };
+  const auto alias = [&] {
+    const auto client = Connect();
+    for (int round = 0; round < 2 * kRounds; ++round) {
+      v1::SetAliasRequest request;
+      request.set_alias("live");
+      request.set_knowledge_base(round % 2 == 0 ? "b" : "a");
+      expect_ok(client->Call(&Stub::SetAlias, request).status());
+    }
+  };
+  std::vector<std::thread> threads;
+  for (uint64_t seed : {0, 31}) threads.emplace_back(put, seed);
+  for (uint64_t seed : {3, 17}) threads.emplace_back(remove, seed);
+  for (uint64_t seed : {0, 20, 40}) threads.emplace_back(retrieve, seed);
+  threads.emplace_back(alias);
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+  EXPECT_EQ(answers, 3 * 2 * kRounds);
+  server_->Shutdown(absl::Seconds(20));
+}
+
+}  // namespace
+}  // namespace memory3
