@@ -106,7 +106,8 @@ absl::Status RocksDbCore::LoadSegmentFlags(const KnowledgeBase& kb, Segment* seg
     options.iterate_upper_bound = &upper;
     auto it = db_->Iterate(family, options);
     it->Seek(begin);
-    return it->Valid();
+    // A damaged block is no empty one: what is then looked for in it answers DATA_LOSS.
+    return it->Valid() || !it->status().ok();
   };
   segment->rows = any(kEntries, prefix);
   segment->document_tombstones = any(kDocuments, prefix + "d");

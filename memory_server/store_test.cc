@@ -433,7 +433,8 @@ TEST_F(StoreTest, FlippedBitsOnDiskAreDetected) {
           EXPECT_EQ(r->sources,
                     std::vector<Source>{MakeEntry("doc" + std::to_string(n), 0, n)->entry.source});
         } else {
-          EXPECT_EQ(r.status().code(), absl::StatusCode::kDataLoss) << r.status();
+          EXPECT_EQ(r.status().code(), absl::StatusCode::kDataLoss)
+              << path << " at " << at << ": " << r.status();
           ++detected;
         }
       }
