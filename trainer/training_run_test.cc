@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <csignal>
 #include <ctime>
 #include <filesystem>
@@ -125,7 +126,10 @@ TEST_F(TrainingRunTest, StoppedAnywhereItGoesOnBitForBit) {
 
 TEST_F(TrainingRunTest, KilledAtRandomMomentsItEndsWithTheSameBits) {
   const RunOptions whole = Options("whole");
+  const auto begun = std::chrono::steady_clock::now();
   ASSERT_TRUE(Train(whole).ok());
+  // Shorter than a run that saves at every step takes, however fast the machine is.
+  const std::chrono::nanoseconds took = (std::chrono::steady_clock::now() - begun) / 2;
   RunOptions killed = Options("killed");
   killed.save_every = 1;
   Random random({static_cast<uint64_t>(getpid())});
@@ -136,7 +140,8 @@ TEST_F(TrainingRunTest, KilledAtRandomMomentsItEndsWithTheSameBits) {
     if (child == 0) _exit(Train(killed).ok() ? 0 : 1);
     if (attempt < 12) {
       // Somewhere within what a run takes; not a wait for anything.
-      const timespec moment = {0, static_cast<long>(random.Below(60'000'000))};
+      const timespec moment = {
+          0, static_cast<long>(random.Below(static_cast<uint64_t>(took.count()) % 1'000'000'000))};
       nanosleep(&moment, nullptr);
       kill(child, SIGKILL);
     }
