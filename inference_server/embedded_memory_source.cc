@@ -3,41 +3,9 @@
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "memory_server/conversions.h"
 
 namespace memory3 {
-namespace {
-
-v1::KnowledgeBaseSpec ReadableParts(const KnowledgeBaseSpec& spec) {
-  v1::KnowledgeBaseSpec proto;
-  proto.set_name(spec.name);
-  proto.set_writer_fingerprint(std::string(spec.writer_fingerprint.view()));
-  proto.set_embedder_fingerprint(std::string(spec.embedder_fingerprint.view()));
-  proto.set_embedding_dimension(spec.embedding_dimension);
-  v1::Geometry& geometry = *proto.mutable_geometry();
-  geometry.mutable_memory_layers()->Add(spec.geometry.memory_layers.begin(),
-                                        spec.geometry.memory_layers.end());
-  geometry.set_kv_heads(spec.geometry.kv_heads);
-  geometry.set_head_dim(spec.geometry.head_dim);
-  geometry.set_tokens_kept(spec.geometry.tokens_kept);
-  geometry.set_reference_tokens(spec.geometry.reference_tokens);
-  return proto;
-}
-
-v1::Source ToWire(const Source& source) {
-  v1::Source proto;
-  proto.set_document_id(source.document_id);
-  proto.set_ordinal(source.ordinal);
-  proto.set_title(source.title);
-  proto.set_uri(source.uri);
-  proto.set_char_begin(source.char_begin);
-  proto.set_char_end(source.char_end);
-  proto.set_text(source.text);
-  proto.mutable_metadata()->insert(source.metadata.begin(), source.metadata.end());
-  return proto;
-}
-
-}  // namespace
-
 class EmbeddedMemorySource::Base final
     : public MemoryBase,
       public std::enable_shared_from_this<EmbeddedMemorySource::Base> {
@@ -69,9 +37,7 @@ class EmbeddedMemorySource::Base final
       q.embedding = query.embedding;
       q.top_k = query.top_k;
       q.min_score = query.min_score;
-      q.filter.document_ids.assign(query.filter.document_ids().begin(),
-                                   query.filter.document_ids().end());
-      for (const auto& [key, value] : query.filter.metadata()) q.filter.metadata[key] = value;
+      q.filter = FromProto(query.filter);
     }
     absl::StatusOr<RetrieveResult> found = source_->store_->Retrieve(
         *pin_, queries, {.with_text = request.with_text, .deadline = request.deadline});
@@ -85,7 +51,7 @@ class EmbeddedMemorySource::Base final
         std::vector<SourceHit>& out = answer.queries.emplace_back();
         for (const Hit& hit : hits) {
           SourceHit& h = out.emplace_back(SourceHit{hit.record_id, hit.score, {}});
-          for (const Source& source : hit.sources) h.sources.push_back(ToWire(source));
+          for (const Source& source : hit.sources) h.sources.push_back(ToProto(source));
           if (sent_.insert(hit.record_id).second) wanted.push_back(hit.record_id);
         }
       }
@@ -121,7 +87,7 @@ absl::StatusOr<std::shared_ptr<MemoryBase>> EmbeddedMemorySource::Open(
   absl::StatusOr<std::shared_ptr<const VersionPin>> pin =
       store_->Pin(tenant, knowledge_base, std::nullopt);
   if (!pin.ok()) return pin.status();
-  if (absl::Status status = CheckReadable(ReadableParts((*pin)->spec()), reader_); !status.ok())
+  if (absl::Status status = CheckReadable(ToProto((*pin)->spec()), reader_); !status.ok())
     return status;
   const std::pair<std::string, std::string> key(tenant, (*pin)->knowledge_base());
   {
@@ -153,7 +119,7 @@ absl::StatusOr<std::vector<std::string>> EmbeddedMemorySource::List(std::string_
   if (!infos.ok()) return infos.status();
   std::vector<std::string> names;
   for (const KnowledgeBaseInfo& info : *infos) {
-    if (CheckReadable(ReadableParts(info.spec), reader_).ok()) names.push_back(info.spec.name);
+    if (CheckReadable(ToProto(info.spec), reader_).ok()) names.push_back(info.spec.name);
   }
   return names;
 }

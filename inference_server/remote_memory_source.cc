@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "memory_server/conversions.h"
 
 namespace memory3 {
 namespace {
@@ -13,26 +14,6 @@ namespace {
 constexpr absl::Duration kAnswerGrace = absl::Seconds(1);
 constexpr size_t kMaxHeldReported = 100'000;   // 3.2 MB
 constexpr size_t kMaxNamesRemembered = 1'000;  // of bases, for when the server cannot be asked
-
-absl::StatusOr<CodecId> CodecOf(v1::Codec codec) {
-  switch (codec) {
-    case v1::CODEC_F32:
-      return CodecId::kF32;
-    case v1::CODEC_BF16:
-      return CodecId::kBF16;
-    case v1::CODEC_INT8:
-      return CodecId::kInt8;
-    case v1::CODEC_VQ:
-      return CodecId::kVq;
-    default:
-      return absl::UnimplementedError(absl::StrCat("codec ", static_cast<int>(codec)));
-  }
-}
-
-void SetDuration(absl::Duration duration, google::protobuf::Duration* proto) {
-  proto->set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &duration));
-  proto->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(duration)));
-}
 
 absl::StatusOr<SourceAnswer> FromWire(RetrieveAnswer answer) {
   SourceAnswer result;
@@ -128,8 +109,12 @@ absl::StatusOr<std::shared_ptr<MemoryBase>> RemoteMemorySource::Open(
           (info->codebook_hash().empty() ? Hash256().view() : info->codebook_hash())) {
     return base;
   }
-  const absl::StatusOr<CodecId> codec_id = CodecOf(info->spec().codec());
-  if (!codec_id.ok()) return codec_id.status();
+  const std::optional<CodecId> codec_id = FromProto(info->spec().codec());
+  if (!codec_id) {
+    return absl::UnimplementedError(absl::StrCat("knowledge base ", asked, ": codec ",
+                                                 static_cast<int>(info->spec().codec()),
+                                                 " is unknown to this program"));
+  }
   if (*codec_id == CodecId::kVq) {
     response = get(true);
     if (!response.ok()) return response.status();
@@ -262,7 +247,7 @@ void RemoteMemorySource::Run() {
           pending.generation = generation;
           to_send.emplace_back(number, pending.request);
           if (pending.deadline < absl::InfiniteFuture())
-            SetDuration(pending.deadline - now, to_send.back().second.mutable_timeout());
+            *to_send.back().second.mutable_timeout() = ToProto(pending.deadline - now);
         }
         if (!to_send.empty()) {
           v1::RetrieveRequest& first = to_send.front().second;

@@ -12,22 +12,6 @@ absl::StatusOr<Hash256> HashFromProto(std::string_view bytes, std::string_view f
       absl::StrCat(std::string(field), " must be 32 bytes, not ", bytes.size()));
 }
 
-absl::StatusOr<CodecId> CodecFromProto(v1::Codec codec) {
-  switch (codec) {
-    case v1::CODEC_F32:
-      return CodecId::kF32;
-    case v1::CODEC_BF16:
-      return CodecId::kBF16;
-    case v1::CODEC_INT8:
-      return CodecId::kInt8;
-    case v1::CODEC_VQ:
-      return CodecId::kVq;
-    default:
-      return absl::InvalidArgumentError(
-          absl::StrCat("spec.codec must be f32, bf16, int8 or vq, not ", static_cast<int>(codec)));
-  }
-}
-
 v1::Codec ToProto(CodecId codec) {
   switch (codec) {
     case CodecId::kF32:
@@ -43,6 +27,21 @@ v1::Codec ToProto(CodecId codec) {
 }
 
 }  // namespace
+
+std::optional<CodecId> FromProto(v1::Codec codec) {
+  switch (codec) {
+    case v1::CODEC_F32:
+      return CodecId::kF32;
+    case v1::CODEC_BF16:
+      return CodecId::kBF16;
+    case v1::CODEC_INT8:
+      return CodecId::kInt8;
+    case v1::CODEC_VQ:
+      return CodecId::kVq;
+    default:
+      return std::nullopt;
+  }
+}
 
 google::protobuf::Timestamp ToProto(absl::Time time) {
   google::protobuf::Timestamp proto;
@@ -95,8 +94,11 @@ absl::StatusOr<KnowledgeBaseSpec> FromProto(const v1::KnowledgeBaseSpec& proto) 
       HashFromProto(proto.embedder_fingerprint(), "spec.embedder_fingerprint");
   if (!embedder.ok()) return embedder.status();
   spec.embedder_fingerprint = *embedder;
-  absl::StatusOr<CodecId> codec = CodecFromProto(proto.codec());
-  if (!codec.ok()) return codec.status();
+  const std::optional<CodecId> codec = FromProto(proto.codec());
+  if (!codec) {
+    return absl::InvalidArgumentError(absl::StrCat("spec.codec must be f32, bf16, int8 or vq, not ",
+                                                   static_cast<int>(proto.codec())));
+  }
   spec.codec = *codec;
   switch (proto.metric()) {
     case v1::METRIC_UNSPECIFIED:

@@ -1,18 +1,24 @@
 // Between the store's types (memory_store.h) and the wire's (proto/memory3/v1). What arrives is
 // checked here only as far as its form goes (sizes of ids, known enums); the store checks its
-// meaning.
+// meaning. Both servers link it: it needs neither gRPC nor a database.
 //
+// Thread-safety: free functions.
 // Errors: INVALID_ARGUMENT naming the field.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "memory3/v1/memory.pb.h"
 #include "memory_server/memory_store.h"
 
 namespace memory3 {
+
+// Empty: no codec of memory/codec.h (a caller's own error, which depends on who sent it).
+std::optional<CodecId> FromProto(v1::Codec codec);
 
 absl::StatusOr<KnowledgeBaseSpec> FromProto(const v1::KnowledgeBaseSpec& proto);
 v1::KnowledgeBaseSpec ToProto(const KnowledgeBaseSpec& spec);
