@@ -28,6 +28,7 @@ void AddPackCommand(CLI::App* app, Commands* commands);
 void AddPretrainCommand(CLI::App* app, Commands* commands);
 void AddExportCommand(CLI::App* app, Commands* commands);
 void AddEvaluateCommand(CLI::App* app, Commands* commands);
+void AddPlotCommand(CLI::App* app, Commands* commands);
 
 // --device and --threads.
 struct DeviceFlags {

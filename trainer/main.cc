@@ -29,6 +29,7 @@ int main(int argc, char** argv) {
   memory3::AddPretrainCommand(&app, &commands);
   memory3::AddExportCommand(&app, &commands);
   memory3::AddEvaluateCommand(&app, &commands);
+  memory3::AddPlotCommand(&app, &commands);
   for (const memory3::Command& command : commands) NameEnvironment(command.flags);
   CLI11_PARSE(app, argc, argv);
   for (const memory3::Command& command : commands) {
