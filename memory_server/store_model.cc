@@ -343,6 +343,31 @@ std::string StoreModel::Difference(MemoryStore* store, std::mt19937_64* random,
   return "";
 }
 
+std::string StoreModel::Recover(MemoryStore* store, const std::optional<Operation>& under_way,
+                                std::mt19937_64* random) {
+  const std::string without = Difference(store, random, true);
+  if (!under_way) {
+    return without.empty() ? "" : Message("nothing was under way: ", without);
+  }
+  StoreModel done = *this;
+  done.Apply(*under_way);
+  std::string with = done.Difference(store, random, true);
+  if (without.empty() && with.empty()) {
+    const absl::Status again = Execute(store, *under_way);
+    if (!again.ok() && !absl::IsFailedPrecondition(again)) {
+      return Message("done again: ", again.ToString());
+    }
+    with = done.Difference(store, random, true);
+    if (!with.empty()) return Message("done again: ", with);
+  }
+  if (with.empty()) {
+    *this = std::move(done);
+  } else if (!without.empty()) {
+    return Message("without the operation under way: ", without, "; with it: ", with);
+  }
+  return "";
+}
+
 std::string StoreModel::RetrieveDifference(MemoryStore* store, std::mt19937_64* random,
                                            uint64_t version, const ModelEntries& entries) const {
   std::mt19937_64& r = *random;

@@ -69,6 +69,13 @@ class StoreModel {
   // Where the store differs; "" where it does not. Looks at counts, documents, versions, open
   // loads, some records and retrievals; at all records and versions if `everything`.
   std::string Difference(MemoryStore* store, std::mt19937_64* random, bool everything) const;
+  // After a crash of the store with `under_way` unanswered: it must hold what this model does, with
+  // the operation or without; the model follows. "" or how it differs from both. Where nobody can
+  // tell (what it did shows only once an open load is published: a deletion of what only the load
+  // holds, another number for an entry staged already), the operation is done again, as a client
+  // does that got no answer; all of them may be repeated.
+  std::string Recover(MemoryStore* store, const std::optional<Operation>& under_way,
+                      std::mt19937_64* random);
   bool replacing() const;
   uint64_t published() const { return published_; }
 

@@ -103,6 +103,48 @@ TEST_P(StoreModelTest, AgreesWithPlainModel) {
   EXPECT_EQ(model_.Difference(store_.get(), &random_, true), "");
 }
 
+// store_crash once took a store's state for that without the operation under way wherever that
+// agreed, though the operation had been done and showed only at the next commit.
+TEST(StoreModelRecoverTest, WhatShowsOnlyAtTheCommitIsNotTakenForUndone) {
+  const auto operation = [](const std::string& line) { return *Operation::FromLine(line); };
+  const std::string put_load = "4 key0 1 0 1 3 doc0 0 1 doc1 0 2 doc2 0 3 0 0";
+  for (const char* unseen : {
+           "1 - 1 0 1 0 1 doc0 0",         // deletes a document only the load has
+           "2 - 1 0 1 0 0 1 2",            // and a record
+           "4 key0 1 0 1 1 doc2 0 9 0 0",  // another reference for a staged entry
+       }) {
+    store_testing::TemporaryDirectory directory;
+    RocksDbStoreOptions options;
+    options.directory = directory.path() + "/store";
+    options.cache_bytes = 8 << 20;
+    absl::StatusOr<std::unique_ptr<MemoryStore>> store = OpenRocksDbStore(options);
+    ASSERT_TRUE(store.ok()) << store.status();
+    ASSERT_TRUE((*store)
+                    ->CreateKnowledgeBase("default",
+                                          store_testing::SmallSpec(store_testing::kModelKb,
+                                                                   store_testing::kModelDimension),
+                                          false)
+                    .ok());
+    StoreModel model;
+    std::mt19937_64 random(1);
+    for (const std::string& line : {std::string("3 key0 1 0 1 0 0 0"), put_load}) {
+      ASSERT_TRUE(Execute(store->get(), operation(line)).ok());
+      model.Apply(operation(line));
+    }
+    const Operation under_way = operation(unseen);
+    const Operation commit = operation("5 key0 1 0 1 0 0 0");
+    ASSERT_TRUE(Execute(store->get(), under_way).ok());  // then the crash
+    EXPECT_EQ(model.Difference(store->get(), &random, true), "") << "it shows: " << unseen;
+    StoreModel never = model;
+    ASSERT_EQ(model.Recover(store->get(), under_way, &random), "");
+    ASSERT_TRUE(Execute(store->get(), commit).ok());
+    model.Apply(commit);
+    never.Apply(commit);
+    EXPECT_EQ(model.Difference(store->get(), &random, true), "") << unseen;
+    EXPECT_NE(never.Difference(store->get(), &random, true), "") << unseen;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Seeds, StoreModelTest, testing::Range<uint64_t>(1, 7));
 
 }  // namespace
