@@ -11,29 +11,15 @@
 namespace memory3 {
 namespace {
 
-constexpr int kKeyTokens = 2, kValueTokens = 3, kPairTokens = kKeyTokens + kValueTokens;
-constexpr int kFirstCopyToken = 3;  // not <unk>, <s>, </s>
-constexpr int kCandidates = 8;      // of a search, to be filtered
-
-using Pair = std::vector<int32_t>;  // key, value
-
-int32_t RandomToken(const ModelConfig& config, Random* random) {
-  return kFirstCopyToken + static_cast<int32_t>(random->Below(config.vocab_size - kFirstCopyToken));
-}
-
-// `n` starts of pairs within [first, first + length), apart, in random places; fewer where they do
-// not fit.
-std::vector<int> RandomPlaces(int first, int length, int n, Random* random) {
-  n = std::min(n, length / kPairTokens);
-  // n sorted cuts of the free tokens.
-  std::vector<int> gaps(n);
-  for (int& g : gaps) g = static_cast<int>(random->Below(length - n * kPairTokens + 1));
-  std::sort(gaps.begin(), gaps.end());
-  for (int i = 0; i < n; ++i) gaps[i] += first + i * kPairTokens;
-  return gaps;
-}
+constexpr int kCandidates = 8;  // of a search, to be filtered
 
 int ChunksOf(int tokens, int chunk) { return (tokens - 1 + chunk - 1) / chunk; }
+
+int Copies(double part, int sequences) { return static_cast<int>(std::lround(part * sequences)); }
+
+Random ExerciseRandom(uint64_t seed, int64_t number, int i) {
+  return Random({seed, static_cast<uint64_t>(number), static_cast<uint64_t>(i), 0xc0b1});
+}
 
 }  // namespace
 
@@ -62,69 +48,6 @@ int StepSchedule::At(int64_t step) const {
     if (step >= first) value = v;
   }
   return value;
-}
-
-std::vector<CopyQuery> AddCopyExercise(const ModelConfig& config, CopyLevel level, int tokens,
-                                       Random random, TrainingBatch* batch) {
-  const ExplicitMemoryConfig& memory = *config.explicit_memory;
-  TrainingSequence s;
-  std::vector<int32_t> text(tokens);  // one more than needed: the last is a target only
-  text.push_back(0);
-  for (int32_t& t : text) t = RandomToken(config, &random);
-  text[0] = config.bos_token_id;
-  s.targets.assign(tokens, -1);
-  std::vector<CopyQuery> queries;
-  const auto pair = [&] {
-    Pair p(kPairTokens);
-    for (int32_t& t : p) t = RandomToken(config, &random);
-    return p;
-  };
-  const auto ask = [&](const std::vector<Pair>& pairs, int first, int length) {
-    for (const int at : RandomPlaces(first, length, std::max(1, length / 12), &random)) {
-      const Pair& p = pairs[random.Below(pairs.size())];
-      std::copy(p.begin(), p.end(), text.begin() + at);
-      for (int i = 0; i < kValueTokens; ++i) {
-        s.targets[at + kKeyTokens - 1 + i] = p[kKeyTokens + i];
-      }
-      queries.push_back({at + kKeyTokens - 1, kValueTokens});
-    }
-  };
-  if (level == CopyLevel::kContext) {
-    // The pairs stand in a first part of random length.
-    const int part = tokens / 4 + static_cast<int>(random.Below(tokens / 4));
-    std::vector<Pair> pairs;
-    for (const int at : RandomPlaces(1, part, std::max(1, part / 16), &random)) {
-      pairs.push_back(pair());
-      std::copy(pairs.back().begin(), pairs.back().end(), text.begin() + at);
-    }
-    ask(pairs, part + 1, tokens - part - 1);
-  } else {
-    const int references = level == CopyLevel::kOneMemory ? 1 : memory.references_per_chunk;
-    for (int c = 0; c < ChunksOf(tokens, memory.chunk_tokens); ++c) {
-      std::vector<Pair> pairs;
-      std::vector<int>& reads = s.chunk_references.emplace_back();
-      for (int r = 0; r < references; ++r) {
-        const int length = std::max(
-            kPairTokens, memory.reference_tokens / 4 +
-                             static_cast<int>(random.Below(memory.reference_tokens -
-                                                           memory.reference_tokens / 4 + 1)));
-        std::vector<int32_t> reference(std::min(length, memory.reference_tokens));
-        for (int32_t& t : reference) t = RandomToken(config, &random);
-        for (const int at : RandomPlaces(0, static_cast<int>(reference.size()), 2, &random)) {
-          pairs.push_back(pair());
-          std::copy(pairs.back().begin(), pairs.back().end(), reference.begin() + at);
-        }
-        reads.push_back(static_cast<int>(batch->references.size()));
-        batch->references.push_back(std::move(reference));
-      }
-      const int first = 1 + c * memory.chunk_tokens;
-      ask(pairs, first, std::min(memory.chunk_tokens, tokens - first));
-    }
-  }
-  text.resize(tokens);
-  s.token_ids = std::move(text);
-  batch->sequences.push_back(std::move(s));
-  return queries;
 }
 
 absl::Status AttachReferences(const ModelConfig& config, const Tokenizer& tokenizer,
@@ -194,6 +117,29 @@ absl::Status AttachReferences(const ModelConfig& config, const Tokenizer& tokeni
   return absl::OkStatus();
 }
 
+absl::StatusOr<TrainingBatch> WarmupBatches::Make(int64_t number) {
+  TrainingBatch batch;
+  const int copies = Copies(options_.copy, options_.sequences);
+  const int texts = options_.sequences - copies;
+  for (int i = 0; i < texts; ++i) {
+    batch.sequences.push_back(SequenceOf(*corpus_, order_.At(number * texts + i), options_.tokens,
+                                         config_->bos_token_id));
+  }
+  for (int i = 0; i < copies; ++i) {
+    AddExercise(*config_, CopyLevel::kContext, *corpus_, options_.tokens,
+                ExerciseRandom(options_.seed, number, i), &batch);
+  }
+  return batch;
+}
+
+std::vector<std::string> WarmupBatches::Kinds() const {
+  const int copies = Copies(options_.copy, options_.sequences);
+  if (copies == 0) return {};
+  std::vector<std::string> kinds(options_.sequences - copies, "text");
+  kinds.resize(options_.sequences, "copy_context");
+  return kinds;
+}
+
 absl::StatusOr<TrainingBatch> ContinualBatches::Make(int64_t number) {
   const int64_t step = number / options_.accumulate;
   TrainingBatch batch;
@@ -201,7 +147,7 @@ absl::StatusOr<TrainingBatch> ContinualBatches::Make(int64_t number) {
   batch.tokens_kept = options_.kept.At(step);
   batch.gradient_through_writing = options_.gradient_through_writing;
   // The first sequences are text, so that windows and sequences go together.
-  const int copies = static_cast<int>(std::lround(options_.copy * options_.sequences));
+  const int copies = Copies(options_.copy, options_.sequences);
   const int texts = options_.sequences - copies;
   std::vector<Window> windows;
   for (int i = 0; i < texts; ++i) {
@@ -212,13 +158,13 @@ absl::StatusOr<TrainingBatch> ContinualBatches::Make(int64_t number) {
   absl::Status status = AttachReferences(*config_, *tokenizer_, *corpus_, *index_, windows,
                                          options_.retrieval, options_.seed, &batch);
   if (!status.ok()) return status;
+  kinds_.assign(texts, "text");
   const int top = options_.level.At(step);
   for (int i = 0; i < copies; ++i) {
-    // The level reached, and now and then an easier one, so that it is not lost.
-    Random random({options_.seed, static_cast<uint64_t>(number), static_cast<uint64_t>(i), 0xc0b1});
-    const auto level =
-        static_cast<CopyLevel>(random.Below(4) == 0 ? random.Below(top + 1) : uint64_t(top));
-    AddCopyExercise(*config_, level, options_.tokens, Random({random.Next()}), &batch);
+    const CopyLevel level =
+        AddExercise(*config_, static_cast<CopyLevel>(top), *corpus_, options_.tokens,
+                    ExerciseRandom(options_.seed, number, i), &batch);
+    kinds_.push_back(CopyLevelName(level));
   }
   return batch;
 }

@@ -11,6 +11,7 @@
 
 #include "absl/status/statusor.h"
 #include "trainer/corpus.h"
+#include "trainer/exercises.h"
 #include "trainer/random.h"
 #include "trainer/reference_index.h"
 #include "transformer/config.h"
@@ -31,20 +32,6 @@ class StepSchedule {
   std::vector<std::pair<int64_t, int>> steps_;
 };
 
-// Where a copying exercise's keys and values stand.
-enum class CopyLevel : uint8_t { kContext = 0, kOneMemory = 1, kFiveMemories = 2 };
-
-// Pairs of random tokens, key (2) and value (3), among random tokens, at random places: in the
-// first part of the sequence, or in the references of each chunk. Later the keys come again, in
-// random order and places, and the loss is on the values that follow. Nothing but content tells
-// where a value is. `sequence` gets `tokens` tokens; references are appended to `batch`.
-struct CopyQuery {
-  int key_end = 0;  // index into token_ids of the last key token
-  int tokens = 0;   // of the value
-};
-std::vector<CopyQuery> AddCopyExercise(const ModelConfig& config, CopyLevel level, int tokens,
-                                       Random random, TrainingBatch* batch);
-
 struct RetrievalOptions {
   bool own_chunk_query = true;      // the paper's in training; false: the previous 64 tokens
   bool share_previous = true;       // a chunk also reads the references of the 4 chunks before it
@@ -61,10 +48,33 @@ absl::Status AttachReferences(const ModelConfig& config, const Tokenizer& tokeni
                               const std::vector<Window>& windows, const RetrievalOptions& options,
                               uint64_t seed, TrainingBatch* batch);
 
+// Warm-up: ordinary language modelling in the plain layout (`<s>` and tokens-1 tokens in, the
+// tokens of the window as targets), and copying exercises in the context.
+struct WarmupOptions {
+  int sequences = 8, tokens = 256;
+  double copy = 0;  // part of the sequences that are copying exercises
+  uint64_t seed = 1;
+};
+class WarmupBatches : public BatchSource {
+ public:
+  // Both must outlive it.
+  WarmupBatches(const ModelConfig* config, const TokenCorpus* corpus, WindowOrder order,
+                const WarmupOptions& options)
+      : config_(config), corpus_(corpus), order_(std::move(order)), options_(options) {}
+  absl::StatusOr<TrainingBatch> Make(int64_t number) override;
+  std::vector<std::string> Kinds() const override;
+
+ private:
+  const ModelConfig* config_;
+  const TokenCorpus* corpus_;
+  WindowOrder order_;
+  WarmupOptions options_;
+};
+
 struct ContinualOptions {
   int sequences = 8, tokens = 257;
   int accumulate = 1;  // batches of a step
-  double copy = 0.3;   // part of the sequences that are copying exercises
+  double copy = -1;    // part of the sequences that are copying exercises
   StepSchedule kept, level;
   bool gradient_through_writing = true;
   RetrievalOptions retrieval;
@@ -83,6 +93,7 @@ class ContinualBatches : public BatchSource {
         order_(std::move(order)),
         options_(std::move(options)) {}
   absl::StatusOr<TrainingBatch> Make(int64_t number) override;
+  std::vector<std::string> Kinds() const override { return kinds_; }
 
  private:
   const ModelConfig* config_;
@@ -91,6 +102,7 @@ class ContinualBatches : public BatchSource {
   const ReferenceIndex* index_;
   WindowOrder order_;
   ContinualOptions options_;
+  std::vector<std::string> kinds_;
 };
 
 }  // namespace memory3

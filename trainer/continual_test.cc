@@ -74,7 +74,7 @@ TEST(CopyExerciseTest, EveryValueFollowsFromWhatIsReadAndFromNothingElse) {
     for (uint64_t seed = 0; seed < 20; ++seed) {
       TrainingBatch batch;
       batch.layout = TrainingBatch::Layout::kMemory;
-      const auto queries = AddCopyExercise(config, level, 257, Random({seed}), &batch);
+      const auto queries = AddPairExercise(config, level, 257, Random({seed}), &batch);
       ASSERT_TRUE(TrainingLayout::Create(config, batch).ok());
       const TrainingSequence& s = batch.sequences[0];
       ASSERT_EQ(s.token_ids.size(), 257u);

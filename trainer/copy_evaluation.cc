@@ -31,7 +31,7 @@ absl::StatusOr<double> CopyExactMatch(const Parameters& parameters, CopyLevel le
   for (uint64_t e = 0; asked < exercises; ++e) {
     TrainingBatch batch;
     const std::vector<CopyQuery> queries =
-        AddCopyExercise(config, level, tokens, Random({seed, e}), &batch);
+        AddPairExercise(config, level, tokens, Random({seed, e}), &batch);
     std::vector<RetrievedMemory> memories;
     if (!batch.references.empty()) {
       auto written = (*writer)->Write(batch.references);

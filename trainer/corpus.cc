@@ -81,13 +81,4 @@ TrainingSequence SequenceOf(const TokenCorpus& corpus, const Window& window, int
   return s;
 }
 
-absl::StatusOr<TrainingBatch> PlainBatches::Make(int64_t number) {
-  TrainingBatch batch;
-  for (int i = 0; i < sequences_; ++i) {
-    batch.sequences.push_back(
-        SequenceOf(*corpus_, order_.At(number * sequences_ + i), tokens_, bos_));
-  }
-  return batch;
-}
-
 }  // namespace memory3

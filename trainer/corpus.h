@@ -56,25 +56,6 @@ class WindowOrder {
   int64_t epoch_ = -1;  // of order_
 };
 
-// Ordinary language modelling in the plain layout: `<s>` and tokens-1 tokens in, the tokens of the
-// window as targets.
-class PlainBatches : public BatchSource {
- public:
-  PlainBatches(const TokenCorpus* corpus, WindowOrder order, int sequences, int tokens, int32_t bos)
-      : corpus_(corpus),
-        order_(std::move(order)),
-        sequences_(sequences),
-        tokens_(tokens),
-        bos_(bos) {}
-  absl::StatusOr<TrainingBatch> Make(int64_t number) override;
-
- private:
-  const TokenCorpus* corpus_;
-  WindowOrder order_;
-  int sequences_, tokens_;
-  int32_t bos_;
-};
-
 // The sequence of one window.
 TrainingSequence SequenceOf(const TokenCorpus& corpus, const Window& window, int tokens,
                             int32_t bos);

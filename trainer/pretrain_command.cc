@@ -34,6 +34,7 @@ struct PretrainFlags {
   std::string embedder = "lexical", kept = "128@0", level = "0@0";
   ContinualOptions continual;
   ReferenceIndex::Options references;
+  std::vector<int> memory_layers;
   bool stop_writing_gradient = false;
   int64_t copy_every = 100;
   int copy_exercises = 50;
@@ -57,6 +58,10 @@ void AddModelFlags(CLI::App* flags, ModelConfig* c, bool* untied) {
   add("--layers", &c->layers, "Blocks");
   add("--heads", &c->heads, "Query heads; the head size is hidden / heads");
   add("--kv_heads", &c->kv_heads, "Key/value heads");
+  flags->add_option("--rope_theta", c->rope_theta, "Base of the rotary frequencies")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str()
+      ->group("New model");
   add("--max_positions", &c->max_position_embeddings, "max_position_embeddings");
   flags->add_flag("--untied", *untied, "An lm_head of its own")->group("New model");
 }
@@ -112,6 +117,12 @@ void AddRunFlags(CLI::App* flags, PretrainFlags* f) {
   flags->add_option("--stop_after", r.stop_after, "Stops after so many steps; 0: at the end")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  flags
+      ->add_option(
+          "--copy", f->continual.copy,
+          "Part of the sequences that are copying exercises; default: 0.3 in the continual "
+          "stage, else 0")
+      ->check(CLI::Range(0.0, 1.0));
   flags->add_option("--seed", f->seed)->capture_default_str();
   flags->add_flag("--no_shuffle", f->no_shuffle, "Windows in the shards' order");
   flags->add_flag("--recompute", f->recompute, "Recomputes activations in backward: less memory");
@@ -119,6 +130,9 @@ void AddRunFlags(CLI::App* flags, PretrainFlags* f) {
 
 void AddContinualFlags(CLI::App* flags, PretrainFlags* f) {
   const auto group = [](CLI::Option* o) { return o->capture_default_str()->group("Continual"); };
+  group(flags->add_option("--memory_layers", f->memory_layers,
+                          "Layers that read memories, of a model that has none yet; default: the "
+                          "first half"));
   group(flags->add_option("--embedder", f->embedder, "Retrieves references"));
   group(flags
             ->add_option("--references", f->references.most,
@@ -129,8 +143,6 @@ void AddContinualFlags(CLI::App* flags, PretrainFlags* f) {
   group(flags->add_option("--copy_level", f->level,
                           "Copying exercises up to: 0 in the context, 1 one memory, 2 a chunk's "
                           "worth of memories; VALUE@STEP,…"));
-  group(flags->add_option("--copy", f->continual.copy, "Part of the sequences that copy")
-            ->check(CLI::Range(0.0, 1.0)));
   group(flags
             ->add_option("--same_document", f->continual.retrieval.same_document,
                          "Probability that a chunk's reference is another piece of its document")
@@ -211,7 +223,6 @@ struct ContinualStage {
                                    {"references", f.references.most},
                                    {"tokens_kept", f.kept},
                                    {"copy_level", f.level},
-                                   {"copy", f.continual.copy},
                                    {"same_document", f.continual.retrieval.same_document},
                                    {"overlap_limit", f.continual.retrieval.overlap_limit},
                                    {"stop_writing_gradient", f.stop_writing_gradient}};
@@ -252,9 +263,13 @@ absl::Status RunPretrain(PretrainFlags& f) {
   }
   if (!config.ok()) return config.status();
   const bool continual = f.stage == "continual";
+  if (f.continual.copy < 0) f.continual.copy = continual ? 0.3 : 0;
   if (continual && !config->explicit_memory) {
     ExplicitMemoryConfig& memory = config->explicit_memory.emplace();
-    for (int i = 0; i < (config->layers + 1) / 2; ++i) memory.memory_layers.push_back(i);
+    memory.memory_layers = f.memory_layers;
+    for (int i = 0; f.memory_layers.empty() && i < (config->layers + 1) / 2; ++i) {
+      memory.memory_layers.push_back(i);
+    }
     memory.prefix_token_ids = PrefixTokenIds(**tokenizer);
   }
   int taken = 0;  // positions before the sequence
@@ -287,7 +302,8 @@ absl::Status RunPretrain(PretrainFlags& f) {
                     {"seed", f.seed},
                     {"shuffle", !f.no_shuffle},
                     {"context", f.context},
-                    {"batch", f.batch}};
+                    {"batch", f.batch},
+                    {"copy", f.continual.copy}};
   std::printf("%lld parameters, %lld tokens in the shards, %lld windows, %s\n",
               static_cast<long long>((*parameters)->size()),
               static_cast<long long>((*corpus)->tokens()), static_cast<long long>(order->windows()),
@@ -298,8 +314,9 @@ absl::Status RunPretrain(PretrainFlags& f) {
       !status.ok()) {
     return status;
   }
-  PlainBatches plain(corpus->get(), *order, f.batch, f.context, (*tokenizer)->bos_id());
-  BatchSource* batches = &plain;
+  WarmupBatches warmup(&*config, corpus->get(), *order,
+                       {f.batch, f.context, f.continual.copy, f.seed});
+  BatchSource* batches = &warmup;
   ContinualStage stage;
   if (continual) {
     absl::Status status = stage.Prepare(f, *config, **tokenizer, **corpus, *std::move(order));
@@ -314,12 +331,11 @@ absl::Status RunPretrain(PretrainFlags& f) {
     }
     const int kept = stage.kept.At(step - 1);
     (*metrics)["tokens_kept"] = kept;
-    const char* const names[] = {"copy_context", "copy_one_memory", "copy_five_memories"};
     for (int level = 0; level <= 2; ++level) {
       const auto match = CopyExactMatch(**parameters, static_cast<CopyLevel>(level), kept,
                                         f.copy_exercises, f.seed + 0xe7a1);
       if (!match.ok()) return match.status();
-      (*metrics)[names[level]] = *match;
+      (*metrics)[absl::StrCat("match_", CopyLevelName(static_cast<CopyLevel>(level)))] = *match;
     }
     return absl::OkStatus();
   };

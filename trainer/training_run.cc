@@ -4,12 +4,14 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <map>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -79,6 +81,33 @@ struct RunState {
     mean += (1 - kSpikeDecay) * off;
     variance = kSpikeDecay * (variance + (1 - kSpikeDecay) * off * off);
   }
+};
+
+// Losses of a step by kind of sequence.
+class KindLosses {
+ public:
+  void Add(const std::vector<std::string>& kinds, const TrainingBatch& batch,
+           const TrainingResult& result) {
+    for (size_t s = 0; s < kinds.size(); ++s) {
+      const std::vector<int32_t>& targets = batch.sequences[s].targets;
+      Sum& sum = sums_[kinds[s]];
+      sum.loss += result.sequence_loss[s];
+      sum.tokens += std::count_if(targets.begin(), targets.end(), [](int32_t t) { return t >= 0; });
+    }
+  }
+  void AddTo(json* line) const {
+    for (const auto& [kind, sum] : sums_) {
+      if (sum.tokens == 0) continue;
+      (*line)["loss_" + kind] = sum.loss / static_cast<double>(sum.tokens);
+    }
+  }
+
+ private:
+  struct Sum {
+    double loss = 0;
+    int64_t tokens = 0;
+  };
+  std::map<std::string, Sum> sums_;
 };
 
 // The directory's lock; held until it dies.
@@ -206,6 +235,7 @@ absl::StatusOr<RunOutcome> RunTraining(
     device.Zero(gradient->data(), gradient->bytes());
     double loss = 0;
     int64_t tokens = 0;
+    KindLosses kinds;
     for (int a = 0; a < options.accumulate; ++a) {
       absl::StatusOr<TrainingBatch> batch = batches->Make(state.step * options.accumulate + a);
       if (!batch.ok()) return batch.status();
@@ -213,6 +243,7 @@ absl::StatusOr<RunOutcome> RunTraining(
       if (!result.ok()) return result.status();
       loss += result->loss;
       tokens += result->tokens;
+      kinds.Add(batches->Kinds(), *batch, *result);
     }
     if (tokens == 0) return absl::InvalidArgumentError("a batch without a token to learn");
     loss /= static_cast<double>(tokens);
@@ -251,6 +282,7 @@ absl::StatusOr<RunOutcome> RunTraining(
                  {"tokens", state.tokens},
                  {"tokens_per_s", static_cast<double>(tokens) / seconds}};
     if (skip) line["skipped"] = true;
+    kinds.AddTo(&line);
     if (extra) {
       if (absl::Status status = extra(state.step, &line); !status.ok()) return status;
     }

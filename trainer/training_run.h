@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -26,6 +27,9 @@ class BatchSource {
  public:
   virtual ~BatchSource() = default;
   virtual absl::StatusOr<TrainingBatch> Make(int64_t number) = 0;
+  // Of the last batch made, what each sequence is ("text", "one_memory", …): the metrics have a
+  // loss for each kind. Default: one kind, that is not told apart.
+  virtual std::vector<std::string> Kinds() const { return {}; }
 };
 
 struct RunOptions {
