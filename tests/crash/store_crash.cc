@@ -8,8 +8,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <spdlog/sinks/stdout_sinks.h>
-#include <spdlog/spdlog.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -48,21 +46,26 @@ RocksDbStoreOptions Options(const std::string& directory) {
 }
 
 int Child(const std::string& directory) {
-  // Standard output is the parent's: a line of the log there once was taken for an answer.
-  spdlog::set_default_logger(spdlog::stderr_logger_mt("store"));
+  // Answers have a descriptor of their own: the store logs to standard output, and a line of its
+  // log once was taken for an answer.
+  FILE* answers = fdopen(dup(1), "w");
+  if (answers == nullptr || dup2(2, 1) < 0) return 3;
+  const auto answer = [answers](const std::string& line) {
+    std::fprintf(answers, "%s\n", line.c_str());
+    std::fflush(answers);
+  };
   absl::StatusOr<std::unique_ptr<MemoryStore>> store = OpenRocksDbStore(Options(directory));
   if (!store.ok()) {
-    std::cout << "open: " << store.status() << std::endl;
+    answer("open: " + store.status().ToString());
     return 1;
   }
-  std::cout << "ready" << std::endl;
+  answer("ready");
   std::string line;
   while (std::getline(std::cin, line)) {
     std::optional<Operation> op = Operation::FromLine(line);
     if (!op) return 2;
     absl::Status status = Execute(store->get(), *op);
-    std::cout << (status.ok() || absl::IsFailedPrecondition(status) ? "ok" : status.ToString())
-              << std::endl;
+    answer(status.ok() || absl::IsFailedPrecondition(status) ? "ok" : status.ToString());
   }
   return 0;
 }
