@@ -22,7 +22,7 @@ class EmbeddedMemorySource::Base final
   }
 
   void Evicted(const RecordId& id) override {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     sent_.erase(id);
   }
 
@@ -45,7 +45,7 @@ class EmbeddedMemorySource::Base final
     SourceAnswer answer;
     std::vector<RecordId> wanted;
     {
-      absl::MutexLock lock(&mutex_);
+      const std::lock_guard lock(mutex_);
       for (const RecordId& id : request.missing) sent_.erase(id);
       for (const std::vector<Hit>& hits : found->queries) {
         std::vector<SourceHit>& out = answer.queries.emplace_back();
@@ -68,15 +68,15 @@ class EmbeddedMemorySource::Base final
     }
     if (failure.ok()) return answer;
     // None of these bytes will arrive, so none of them is here.
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     for (const RecordId& id : wanted) sent_.erase(id);
     return failure;
   }
 
   EmbeddedMemorySource* const source_;
   const std::shared_ptr<const VersionPin> pin_;
-  absl::Mutex mutex_;
-  absl::flat_hash_set<RecordId> sent_ ABSL_GUARDED_BY(mutex_);  // and not Evicted since
+  std::mutex mutex_;
+  absl::flat_hash_set<RecordId> sent_;  // and not Evicted since
 };
 
 EmbeddedMemorySource::EmbeddedMemorySource(MemoryStore* store, ReaderIdentity reader)
@@ -91,7 +91,7 @@ absl::StatusOr<std::shared_ptr<MemoryBase>> EmbeddedMemorySource::Open(
     return status;
   const std::pair<std::string, std::string> key(tenant, (*pin)->knowledge_base());
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (const auto known = bases_.find(key); known != bases_.end()) {
       if (std::shared_ptr<Base> base = known->second.lock();
           base != nullptr && base->version() == (*pin)->version())
@@ -109,7 +109,7 @@ absl::StatusOr<std::shared_ptr<MemoryBase>> EmbeddedMemorySource::Open(
       MakeCodec((*pin)->spec().codec, (*pin)->spec().geometry.head_dim, codebook);
   if (!codec.ok()) return codec.status();
   auto base = std::make_shared<Base>(this, *std::move(pin), *std::move(codec));
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   bases_[key] = base;
   return base;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -31,10 +32,9 @@ class EmbeddedMemorySource final : public MemorySource {
 
   MemoryStore* const store_;
   const ReaderIdentity reader_;
-  absl::Mutex mutex_;
+  std::mutex mutex_;
   // The base last opened of each (tenant, name), so that requests share what it knows to be here.
-  absl::flat_hash_map<std::pair<std::string, std::string>, std::weak_ptr<Base>> bases_
-      ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<std::pair<std::string, std::string>, std::weak_ptr<Base>> bases_;
   WorkerThreads worker_;  // one thread: answers keep the order of requests
 };
 

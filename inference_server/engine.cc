@@ -72,7 +72,7 @@ Engine::Engine(std::unique_ptr<Decoder> decoder, const Tokenizer* tokenizer, Mem
 
 Engine::~Engine() {
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     ending_ = true;
   }
   mailbox_->Poke();
@@ -173,7 +173,7 @@ absl::StatusOr<uint64_t> Engine::Submit(EngineRequest request, std::shared_ptr<E
   running->submitted = absl::Now();
   uint64_t number = 0;
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (ending_) return absl::UnavailableError("the server is shutting down");
     if (!running->request.request_id.empty()) {
       for (const auto& [n, other] : requests_) {
@@ -199,7 +199,7 @@ absl::StatusOr<uint64_t> Engine::Submit(EngineRequest request, std::shared_ptr<E
 
 void Engine::Cancel(uint64_t number) {
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     const auto found = requests_.find(number);
     if (found == requests_.end()) return;
     found->second.stop = Stop::kCancel;
@@ -210,7 +210,7 @@ void Engine::Cancel(uint64_t number) {
 
 absl::Status Engine::Abort(const std::string& tenant, const std::string& request_id) {
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     const auto found = std::find_if(requests_.begin(), requests_.end(), [&](const auto& r) {
       return r.second.tenant == tenant && r.second.request_id == request_id;
     });
@@ -224,7 +224,7 @@ absl::Status Engine::Abort(const std::string& tenant, const std::string& request
 }
 
 EngineStats Engine::stats() const {
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   EngineStats stats = stats_;
   stats.waiting = static_cast<int>(waiting_.size());
   return stats;
@@ -236,7 +236,7 @@ void Engine::Run() {
   while (true) {
     TakeEvents();
     {
-      absl::MutexLock lock(&mutex_);
+      const std::lock_guard lock(mutex_);
       if (ending_) break;
     }
     Admit();
@@ -250,24 +250,20 @@ void Engine::Run() {
                                    [](const auto& sequence) { return sequence->ended; });
     RemoveEnded();
     {
-      absl::MutexLock lock(&mutex_);
+      const std::lock_guard lock(mutex_);
       stats_.running = static_cast<int>(running_.size());
       stats_.kv_pages_used = decoder_->cache().pages() - decoder_->cache().free_pages();
       stats_.memory_slots_pinned = slots_ ? slots_->pinned() : 0;
       if (!batch.empty()) ++stats_.steps;
     }
     if (!batch.empty() || ended) continue;  // what has ended makes room for what waits
-    absl::MutexLock lock(&mailbox_->mutex);
-    mailbox_->mutex.AwaitWithDeadline(absl::Condition(
-                                          +[](Mailbox* box) ABSL_NO_THREAD_SAFETY_ANALYSIS {
-                                            return box->poked || !box->answers.empty();
-                                          },
-                                          mailbox_.get()),
-                                      wake);
+    std::unique_lock lock(mailbox_->mutex);
+    mailbox_->changed.wait_until(lock, absl::ToChronoTime(wake),
+                                 [this] { return mailbox_->poked || !mailbox_->answers.empty(); });
   }
   std::vector<std::unique_ptr<Running>> left;
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     left.swap(waiting_);
   }
   for (auto& sequence : left) running_.push_back(std::move(sequence));
@@ -279,7 +275,7 @@ void Engine::Run() {
 void Engine::TakeEvents() {
   std::vector<Answer> answers;
   {
-    absl::MutexLock lock(&mailbox_->mutex);
+    const std::lock_guard lock(mailbox_->mutex);
     mailbox_->poked = false;
     answers.swap(mailbox_->answers);
   }
@@ -287,7 +283,7 @@ void Engine::TakeEvents() {
   std::vector<std::pair<uint64_t, Stop>> stops;
   std::vector<std::unique_ptr<Running>> taken;
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (!stops_) return;
     stops_ = false;
     for (const auto& [number, request] : requests_) {
@@ -334,7 +330,7 @@ void Engine::Admit() {
   const absl::Time now = absl::Now();
   const size_t before = running_.size();
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     while (!waiting_.empty() && static_cast<int>(running_.size()) < options_.max_running) {
       running_.push_back(std::move(waiting_.front()));
       waiting_.erase(waiting_.begin());
@@ -420,11 +416,12 @@ void Engine::StartRetrievals() {
       reader_->Read(std::move(group.base), std::move(group.queries), group.with_text, deadline,
                     [mailbox = mailbox_,
                      targets = std::move(group.targets)](std::vector<ReadResult> results) {
-                      absl::MutexLock lock(&mailbox->mutex);
+                      const std::lock_guard lock(mailbox->mutex);
                       for (size_t i = 0; i < targets.size(); ++i) {
                         mailbox->answers.push_back(
                             {targets[i].first, targets[i].second, std::move(results[i])});
                       }
+                      mailbox->changed.notify_one();
                     });
     }
   }
@@ -589,7 +586,7 @@ void Engine::EndRequest(Running& sequence, absl::Status status) {
   sequence.ended = true;
   {
     // Before the sink hears of it, so that its request_id is free for the next.
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     requests_.erase(sequence.number);
     stats_.generated_tokens += sequence.generated;
   }

@@ -17,16 +17,15 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "inference_server/device_slots.h"
 #include "inference_server/memory_reader.h"
@@ -192,13 +191,13 @@ class Engine {
   std::vector<std::unique_ptr<Running>> running_;  // by arrival
   std::vector<float> logits_;
 
-  mutable absl::Mutex mutex_;
-  bool ending_ ABSL_GUARDED_BY(mutex_) = false;
-  uint64_t next_number_ ABSL_GUARDED_BY(mutex_) = 1;
-  std::vector<std::unique_ptr<Running>> waiting_ ABSL_GUARDED_BY(mutex_);  // by arrival
-  absl::flat_hash_map<uint64_t, Arrival> requests_ ABSL_GUARDED_BY(mutex_);
-  bool stops_ ABSL_GUARDED_BY(mutex_) = false;  // some Arrival is to stop
-  EngineStats stats_ ABSL_GUARDED_BY(mutex_);
+  mutable std::mutex mutex_;  // guards what follows but the thread
+  bool ending_ = false;
+  uint64_t next_number_ = 1;
+  std::vector<std::unique_ptr<Running>> waiting_;  // by arrival
+  absl::flat_hash_map<uint64_t, Arrival> requests_;
+  bool stops_ = false;  // some Arrival is to stop
+  EngineStats stats_;
   std::thread thread_;
 };
 

@@ -1,7 +1,9 @@
 // The engine's own view of a request. Only engine*.cc include it.
 #pragma once
 
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -15,12 +17,14 @@ namespace memory3 {
 
 struct Engine::Mailbox {
   void Poke() {
-    absl::MutexLock lock(&mutex);
+    const std::lock_guard lock(mutex);
     poked = true;
+    changed.notify_one();
   }
-  absl::Mutex mutex;
-  bool poked ABSL_GUARDED_BY(mutex) = false;
-  std::vector<Answer> answers ABSL_GUARDED_BY(mutex);
+  std::mutex mutex;  // guards what follows
+  std::condition_variable changed;
+  bool poked = false;
+  std::vector<Answer> answers;
 };
 
 // One retrieval of a sequence: what it found, and what those who read it read for good.

@@ -144,7 +144,7 @@ bool Engine::MemoriesReady(Running& sequence, int retrieval, absl::Time now, abs
   chunk.fixed = true;
   chunk.memories = std::move(chunk.result.memories);
   if (chunk.unavailable || chunk.timed_out) {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     ++stats_.retrieval_fallbacks;
   }
   return true;
@@ -184,7 +184,7 @@ bool Engine::PinChunk(Running& sequence, int retrieval) {
                                                         : v1::HOST);
   }
   chunk.pinned = true;
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   stats_.device_hits += device_hits;
   return true;
 }
@@ -203,7 +203,7 @@ void Engine::Preempt(Running& sequence) {
   Unpin(sequence, ChunkGrid::kNoRetrieval);
   sequence.sequence.reset();
   sequence.fed = ChunkGrid::kBos;
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   ++stats_.preemptions;
 }
 
@@ -250,7 +250,7 @@ void Engine::Step(std::vector<Work>& batch) {
     return;
   }
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     stats_.prompt_tokens += prompt_tokens;
   }
   const absl::Time now = absl::Now();

@@ -252,7 +252,7 @@ TEST_F(EngineTest, CancelledAndAbortedAtRandomMomentsTheRestIsUnharmed) {
     request.request_id = absl::StrCat("r", i);
     auto sink = std::make_shared<KeepingSink>();
     // Stopped at its k-th event, from another thread; some at once.
-    auto reached = std::make_shared<absl::Notification>();
+    auto reached = std::make_shared<Once>();
     auto left = std::make_shared<std::atomic<int>>(random() % 30);
     if (*left == 0) {
       reached->Notify();
@@ -265,7 +265,7 @@ TEST_F(EngineTest, CancelledAndAbortedAtRandomMomentsTheRestIsUnharmed) {
     ASSERT_TRUE(number.ok()) << number.status();
     stopped.push_back(sink);
     threads.emplace_back([this, reached, number = *number, i, id = request.request_id] {
-      reached->WaitForNotification();
+      EXPECT_TRUE(reached->Wait());
       if (i % 4 == 1) {
         engine_->Cancel(number);
       } else {

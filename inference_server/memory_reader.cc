@@ -22,7 +22,7 @@ struct MemoryReader::Retrieval {
 };
 
 absl::Status HostMemory::Decode(const Hash256& writer_fingerprint, const MemoryShape& shape) {
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   if (decoded_) return status_;
   decoded_ = true;
   absl::StatusOr<ExplicitMemory> memory = DecodeRecord(record_.bytes, writer_fingerprint, *codec_);
@@ -52,16 +52,14 @@ MemoryReader::MemoryReader(const Embedder* embedder, const Hash256& writer_finge
       workers_(std::max(1, options.threads)) {}
 
 MemoryReader::~MemoryReader() {
-  absl::MutexLock lock(&mutex_);
-  mutex_.Await(absl::Condition(
-      +[](MemoryReader* self) ABSL_NO_THREAD_SAFETY_ANALYSIS { return self->under_way_ == 0; },
-      this));
+  std::unique_lock lock(mutex_);
+  finished_.wait(lock, [this] { return under_way_ == 0; });
 }
 
 void MemoryReader::Read(std::shared_ptr<MemoryBase> base, std::vector<ReadQuery> queries,
                         bool with_text, absl::Time deadline, Callback done) {
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     ++under_way_;
     ++stats_.retrievals;
   }
@@ -114,7 +112,7 @@ void MemoryReader::Received(const std::shared_ptr<Retrieval>& retrieval,
   std::vector<ReadResult> results(answer->queries.size());
   std::vector<RecordId> missing;
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     for (size_t q = 0; q < results.size(); ++q) {
       for (SourceHit& hit : answer->queries[q]) {
         const Key key(retrieval->base->tenant(), hit.id);
@@ -181,12 +179,12 @@ void MemoryReader::Finish(Retrieval& retrieval, std::vector<ReadResult> results)
   retrieval.done(std::move(results));
   retrieval.done = nullptr;
   retrieval.base = nullptr;
-  absl::MutexLock lock(&mutex_);
-  --under_way_;
+  const std::lock_guard lock(mutex_);
+  if (--under_way_ == 0) finished_.notify_all();
 }
 
 void MemoryReader::Drop(const Key& key) {
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   const auto entry = cache_.find(key);
   if (entry == cache_.end()) return;
   if (const std::shared_ptr<MemoryBase> base = entry->second.base.lock()) base->Evicted(key.second);
@@ -210,7 +208,7 @@ void MemoryReader::Shrink() {
 }
 
 MemoryReaderStats MemoryReader::stats() const {
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   return stats_;
 }
 

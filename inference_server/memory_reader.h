@@ -9,19 +9,19 @@
 // reader's destructor waits for retrievals under way. The embedder must outlive the reader.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <list>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "embedder/embedder.h"
 #include "inference_server/memory_source.h"
@@ -46,9 +46,9 @@ class HostMemory {
   absl::Status Decode(const Hash256& writer_fingerprint, const MemoryShape& shape);
 
   const RecordId id_;
-  absl::Mutex mutex_;
-  bool decoded_ ABSL_GUARDED_BY(mutex_) = false;
-  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  std::mutex mutex_;  // guards what follows until Decode has succeeded
+  bool decoded_ = false;
+  absl::Status status_;
   RecordBytes record_;  // until it is decoded
   std::shared_ptr<const Codec> codec_;
   ExplicitMemory memory_;
@@ -114,17 +114,18 @@ class MemoryReader {
   void Received(const std::shared_ptr<Retrieval>& retrieval, absl::StatusOr<SourceAnswer> answer);
   void Finish(Retrieval& retrieval, std::vector<ReadResult> results);
   void Drop(const Key& key);
-  void Shrink() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Shrink();  // mutex_ is held
 
   const Embedder* const embedder_;
   const Hash256 writer_fingerprint_;
   const MemoryShape shape_;
   const MemoryReaderOptions options_;
-  mutable absl::Mutex mutex_;
-  int under_way_ ABSL_GUARDED_BY(mutex_) = 0;
-  absl::flat_hash_map<Key, Entry> cache_ ABSL_GUARDED_BY(mutex_);
-  std::list<Key> ages_ ABSL_GUARDED_BY(mutex_);  // used last first
-  MemoryReaderStats stats_ ABSL_GUARDED_BY(mutex_);
+  mutable std::mutex mutex_;  // guards what follows but the threads
+  std::condition_variable finished_;
+  int under_way_ = 0;
+  absl::flat_hash_map<Key, Entry> cache_;
+  std::list<Key> ages_;  // used last first
+  MemoryReaderStats stats_;
   WorkerThreads workers_;
 };
 

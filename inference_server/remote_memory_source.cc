@@ -67,9 +67,10 @@ RemoteMemorySource::RemoteMemorySource(RemoteMemoryOptions options, ReaderIdenti
 
 RemoteMemorySource::~RemoteMemorySource() {
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     ending_ = true;
   }
+  changed_.notify_all();
   thread_.join();
 }
 
@@ -85,7 +86,7 @@ absl::StatusOr<std::shared_ptr<MemoryBase>> RemoteMemorySource::Open(
   if (absl::Status status = CheckTenant(tenant); !status.ok()) return status;
   const std::string asked(knowledge_base);
   const auto known = [&]() -> std::shared_ptr<Base> {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     const auto found = last_known_.find(asked);
     return found == last_known_.end() ? nullptr : found->second;
   };
@@ -125,7 +126,7 @@ absl::StatusOr<std::shared_ptr<MemoryBase>> RemoteMemorySource::Open(
       MakeCodec(*codec_id, info->spec().geometry().head_dim(), info->spec().codebook());
   if (!codec.ok()) return codec.status();
   auto base = std::make_shared<Base>(this, info->spec().name(), info->version(), *std::move(codec));
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   if (last_known_.size() >= kMaxNamesRemembered) last_known_.clear();
   last_known_[asked] = base;
   return base;
@@ -158,16 +159,17 @@ void RemoteMemorySource::Retrieve(const Base& base, SourceRequest request, Sourc
     if (query.min_score) q.set_min_score(*query.min_score);
     *q.mutable_filter() = std::move(query.filter);
   }
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   for (const RecordId& id : request.missing) {
     here_.erase(id);
     evicted_.push_back(id);
   }
   pending_.emplace(next_number_++, std::move(pending));
+  changed_.notify_all();
 }
 
 void RemoteMemorySource::Evicted(const RecordId& id) {
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   if (here_.erase(id) > 0) evicted_.push_back(id);
 }
 
@@ -213,18 +215,8 @@ void RemoteMemorySource::Run() {
     bool hung = false, open = false;
     uint64_t generation = 0;
     {
-      absl::MutexLock lock(&mutex_);
-      // Whatever changes what there is to wait for wakes the thread: pending_ and ending_ change
-      // under the mutex only.
-      while (!Runnable()) {
-        const size_t count = pending_.size();
-        const uint64_t number = next_number_;
-        const bool lost = lost_;
-        const auto changed = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
-          return ending_ || pending_.size() != count || next_number_ != number || lost_ != lost;
-        };
-        mutex_.AwaitWithDeadline(absl::Condition(&changed), NextEvent());
-      }
+      std::unique_lock lock(mutex_);
+      while (!Runnable()) changed_.wait_until(lock, absl::ToChronoTime(NextEvent()));
       if (ending_) break;
       const absl::Time now = absl::Now();
       hung = TakeExpired(now, &expired);
@@ -287,7 +279,7 @@ void RemoteMemorySource::Run() {
   stream_.reset();
   std::map<uint64_t, Pending> left;
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     left.swap(pending_);
   }
   for (auto& [number, pending] : left)
@@ -298,7 +290,7 @@ void RemoteMemorySource::Answered(uint64_t number, uint64_t generation,
                                   absl::StatusOr<RetrieveAnswer> answer) {
   SourceCallback done;
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     const auto found = pending_.find(number);
     if (absl::IsUnavailable(answer.status()) || absl::IsCancelled(answer.status())) {
       // The stream has ended; a thread that is waiting for a new one sends this again.
@@ -311,6 +303,7 @@ void RemoteMemorySource::Answered(uint64_t number, uint64_t generation,
         try_at_ = now + pause_;
         pause_ = std::min(2 * pause_, options_.longest_pause);
       }
+      changed_.notify_all();
       return;
     }
     lost_at_ = absl::InfiniteFuture();

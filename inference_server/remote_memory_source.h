@@ -11,18 +11,18 @@
 // the client's time-out. Ownership: its bases must be gone before the source is.
 #pragma once
 
+#include <condition_variable>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "inference_server/memory_source.h"
 #include "memory_server/client.h"
@@ -67,11 +67,11 @@ class RemoteMemorySource final : public MemorySource {
   void Retrieve(const Base& base, SourceRequest request, SourceCallback done);
   void Evicted(const RecordId& id);
   void Run();
-  bool Runnable() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::Time NextEvent() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The next three: mutex_ is held.
+  bool Runnable() const;
+  absl::Time NextEvent() const;
   // Takes the callbacks of what is past its deadline; says whether the stream owes one of them.
-  bool TakeExpired(absl::Time now, std::vector<SourceCallback>* expired)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool TakeExpired(absl::Time now, std::vector<SourceCallback>* expired);
   void Answered(uint64_t number, uint64_t generation, absl::StatusOr<RetrieveAnswer> answer);
 
   const RemoteMemoryOptions options_;
@@ -79,19 +79,20 @@ class RemoteMemorySource final : public MemorySource {
   const std::unique_ptr<MemoryClient> client_;
   std::unique_ptr<RetrieveStream> stream_;  // the thread's
 
-  mutable absl::Mutex mutex_;
-  bool ending_ ABSL_GUARDED_BY(mutex_) = false;
-  uint64_t next_number_ ABSL_GUARDED_BY(mutex_) = 1;
-  std::map<uint64_t, Pending> pending_ ABSL_GUARDED_BY(mutex_);  // by order of arrival
-  uint64_t generation_ ABSL_GUARDED_BY(mutex_) = 0;              // streams opened so far
-  bool lost_ ABSL_GUARDED_BY(mutex_) = true;                     // there is no stream to send on
-  absl::Time lost_at_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();  // since when it failed
-  absl::Time try_at_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
-  absl::Duration pause_ ABSL_GUARDED_BY(mutex_);
-  absl::flat_hash_set<RecordId> here_ ABSL_GUARDED_BY(mutex_);  // received and not evicted
-  std::vector<RecordId> evicted_ ABSL_GUARDED_BY(mutex_);       // to be told
+  mutable std::mutex mutex_;  // guards what follows but the thread
+  std::condition_variable changed_;
+  bool ending_ = false;
+  uint64_t next_number_ = 1;
+  std::map<uint64_t, Pending> pending_;          // by order of arrival
+  uint64_t generation_ = 0;                      // streams opened so far
+  bool lost_ = true;                             // there is no stream to send on
+  absl::Time lost_at_ = absl::InfiniteFuture();  // since when it failed
+  absl::Time try_at_ = absl::InfinitePast();
+  absl::Duration pause_;
+  absl::flat_hash_set<RecordId> here_;  // received and not evicted
+  std::vector<RecordId> evicted_;       // to be told
   // By the name asked for, alias or not: what it was when the server last said.
-  absl::flat_hash_map<std::string, std::shared_ptr<Base>> last_known_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<std::string, std::shared_ptr<Base>> last_known_;
   std::thread thread_;
 };
 

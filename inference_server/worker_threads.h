@@ -4,14 +4,13 @@
 // race with it.
 #pragma once
 
+#include <condition_variable>
 #include <deque>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
-
-#include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 
 namespace memory3 {
 
@@ -22,17 +21,21 @@ class WorkerThreads {
   }
   ~WorkerThreads() {
     {
-      absl::MutexLock lock(&mutex_);
+      const std::lock_guard lock(mutex_);
       ending_ = true;
     }
+    changed_.notify_all();
     for (std::thread& thread : threads_) thread.join();
   }
   WorkerThreads(const WorkerThreads&) = delete;
   WorkerThreads& operator=(const WorkerThreads&) = delete;
 
   void Add(std::function<void()> task) {
-    absl::MutexLock lock(&mutex_);
-    tasks_.push_back(std::move(task));
+    {
+      const std::lock_guard lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    changed_.notify_one();
   }
 
  private:
@@ -40,11 +43,8 @@ class WorkerThreads {
     while (true) {
       std::function<void()> task;
       {
-        absl::MutexLock lock(&mutex_);
-        mutex_.Await(absl::Condition(
-            +[](WorkerThreads* self)
-                 ABSL_NO_THREAD_SAFETY_ANALYSIS { return self->ending_ || !self->tasks_.empty(); },
-            this));
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [this] { return ending_ || !tasks_.empty(); });
         if (tasks_.empty()) return;
         task = std::move(tasks_.front());
         tasks_.pop_front();
@@ -53,9 +53,10 @@ class WorkerThreads {
     }
   }
 
-  absl::Mutex mutex_;
-  bool ending_ ABSL_GUARDED_BY(mutex_) = false;
-  std::deque<std::function<void()>> tasks_ ABSL_GUARDED_BY(mutex_);
+  std::mutex mutex_;  // guards what follows but the threads
+  std::condition_variable changed_;
+  bool ending_ = false;
+  std::deque<std::function<void()>> tasks_;
   std::vector<std::thread> threads_;
 };
 

@@ -2,16 +2,17 @@
 // answers follow from the query's text alone, a sink that keeps what it is sent.
 #pragma once
 
+#include <chrono>
+#include <condition_variable>
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
-#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "inference_server/engine.h"
 #include "inference_server/worker_threads.h"
@@ -102,51 +103,52 @@ class FakeBase final : public MemoryBase {
 
   void Retrieve(SourceRequest request, SourceCallback done) override {
     {
-      absl::MutexLock lock(&mutex_);
+      const std::lock_guard lock(mutex_);
       ++requests_;
       queries_ += static_cast<int>(request.queries.size());
+      changed_.notify_all();
     }
     worker_.Add([this, request = std::move(request), done = std::move(done)] {
       {
-        absl::MutexLock lock(&mutex_);
-        mutex_.Await(absl::Condition(&open_));
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [this] { return open_; });
       }
       done(Answer(request));
     });
   }
   void Evicted(const RecordId& id) override {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     sent_.erase(id);
     ++evictions_;
   }
 
   void SetOpen(bool open) {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     open_ = open;
+    changed_.notify_all();
   }
   void Fail(absl::Status status) {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     failure_ = std::move(status);
   }
   // The n-th byte of a memory's record.
   void Damage(int memory, size_t byte) { (*records_[memory])[byte] ^= 1; }
   int requests() const {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     return requests_;
   }
   int queries() const {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     return queries_;
   }
   // A chunk whose only token is the last of the output is asked for but not waited for. False:
   // there were not that many queries within a minute.
   bool WaitForQueries(int count) const {
-    absl::MutexLock lock(&mutex_);
-    const auto reached = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS { return queries_ >= count; };
-    return mutex_.AwaitWithTimeout(absl::Condition(&reached), absl::Minutes(1));
+    std::unique_lock lock(mutex_);
+    return changed_.wait_for(lock, std::chrono::minutes(1), [&] { return queries_ >= count; });
   }
   int evictions() const {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     return evictions_;
   }
 
@@ -158,7 +160,7 @@ class FakeBase final : public MemoryBase {
     return found;  // distinct where 5 does not divide count
   }
   absl::StatusOr<SourceAnswer> Answer(const SourceRequest& request) {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (!failure_.ok()) return failure_;
     for (const RecordId& id : request.missing) sent_.erase(id);
     SourceAnswer answer;
@@ -178,7 +180,8 @@ class FakeBase final : public MemoryBase {
 
   const std::vector<ExplicitMemory> memories_;
   std::vector<std::shared_ptr<std::string>> records_;
-  mutable absl::Mutex mutex_;
+  mutable std::mutex mutex_;  // guards what follows but the thread
+  mutable std::condition_variable changed_;
   bool open_ = true;
   absl::Status failure_;
   int requests_ = 0, queries_ = 0, evictions_ = 0;
@@ -186,11 +189,35 @@ class FakeBase final : public MemoryBase {
   WorkerThreads worker_;
 };
 
+// Happens once. Not absl::Notification, whose locks TSan does not see.
+class Once {
+ public:
+  void Notify() {
+    const std::lock_guard lock(mutex_);
+    happened_ = true;
+    changed_.notify_all();
+  }
+  bool HasHappened() const {
+    const std::lock_guard lock(mutex_);
+    return happened_;
+  }
+  // False: not within the time.
+  bool Wait(std::chrono::seconds limit = std::chrono::seconds(100)) {
+    std::unique_lock lock(mutex_);
+    return changed_.wait_for(lock, limit, [this] { return happened_; });
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  bool happened_ = false;
+};
+
 class KeepingSink final : public EventSink {
  public:
   void Send(v1::GenerateResponse event) override {
-    absl::MutexLock lock(&mutex_);
-    EXPECT_FALSE(ended_.HasBeenNotified());
+    const std::lock_guard lock(mutex_);
+    EXPECT_FALSE(ended_.HasHappened());
     EXPECT_FALSE(has_finish_);
     if (event.has_prompt()) {
       EXPECT_TRUE(tokens_.empty());
@@ -218,7 +245,7 @@ class KeepingSink final : public EventSink {
   void OnEvent(std::function<void()> callback) { on_event_ = std::move(callback); }
 
   absl::Status Wait() {
-    EXPECT_TRUE(ended_.WaitForNotificationWithTimeout(absl::Seconds(100)));
+    EXPECT_TRUE(ended_.Wait());
     return status_;
   }
   // Only after Wait.
@@ -233,10 +260,10 @@ class KeepingSink final : public EventSink {
   ContinuationScore score_;
 
  private:
-  absl::Mutex mutex_;
+  std::mutex mutex_;
   absl::Status status_;
   std::function<void()> on_event_;
-  absl::Notification ended_;
+  Once ended_;
 };
 
 }  // namespace memory3
