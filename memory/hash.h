@@ -1,5 +1,6 @@
-// SHA-256 (through OpenSSL) and CRC32C (no library of Debian's offers it; SSE4.2 or a table) as
-// values.
+// SHA-256 (through OpenSSL) and CRC32C (no library of Debian's offers it: crc32c.cc) as values.
+//
+// Thread-safety: free functions from any thread; a Sha256 by one.
 #pragma once
 
 #include <array>
@@ -7,6 +8,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "absl/status/statusor.h"
 
@@ -49,12 +51,15 @@ class Sha256 {
 };
 Hash256 Sha256Of(std::string_view data);
 
-// CRC32C (Castagnoli, RFC 3720 B.4) of `data`, continuing from `crc` (0 to start): the hardware's
-// instruction where the CPU has it.
+// CRC32C (Castagnoli, RFC 3720 B.4) of `data`, continuing from `crc` (0 to start), by the fastest
+// means that this CPU has.
 uint32_t Crc32c(std::string_view data, uint32_t crc = 0);
 
 namespace internal {
-uint32_t Crc32cPortable(std::string_view data, uint32_t crc);  // the same by tables; for tests
+// For tests: all that this CPU can run, the fastest last, and the one by tables.
+using CrcFunction = uint32_t (*)(std::string_view data, uint32_t crc);
+std::vector<CrcFunction> Crc32cFunctions();
+uint32_t Crc32cPortable(std::string_view data, uint32_t crc);
 }  // namespace internal
 
 }  // namespace memory3

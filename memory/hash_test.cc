@@ -79,21 +79,37 @@ std::vector<CrcCase> Rfc3720() {  // appendix B.4
 TEST(Crc32cTest, Rfc3720Vectors) {
   for (const CrcCase& c : Rfc3720()) {
     EXPECT_EQ(Crc32c(c.data), c.crc) << absl::BytesToHexString(c.data);
-    EXPECT_EQ(internal::Crc32cPortable(c.data, 0), c.crc) << absl::BytesToHexString(c.data);
+    for (const internal::CrcFunction crc32c : internal::Crc32cFunctions())
+      EXPECT_EQ(crc32c(c.data, 0), c.crc) << absl::BytesToHexString(c.data);
   }
 }
 
-TEST(Crc32cTest, ContinuesAndAgreesWithTablesAtEveryLengthAndOffset) {
+TEST(Crc32cTest, AllWaysContinueAndAgreeAtEveryLengthAndOffset) {
   std::string data;
   uint32_t x = 12345;
-  for (int i = 0; i < 100; ++i)
+  for (int i = 0; i < 1300; ++i)  // beyond two blocks of the widest, and every remainder
     data.push_back(static_cast<char>((x = x * 1664525 + 1013904223) >> 24));
   const std::string_view view = data;
-  for (size_t from = 0; from < 9; ++from) {
-    for (size_t n = 0; from + n <= view.size(); ++n) {
-      const std::string_view piece = view.substr(from, n);
-      ASSERT_EQ(Crc32c(piece), internal::Crc32cPortable(piece, 0));
-      ASSERT_EQ(Crc32c(piece.substr(n / 3), Crc32c(piece.substr(0, n / 3))), Crc32c(piece));
+  for (const internal::CrcFunction crc32c : internal::Crc32cFunctions()) {
+    for (size_t from = 0; from < 9; ++from) {
+      for (size_t n = 0; from + n <= view.size(); ++n) {
+        const std::string_view piece = view.substr(from, n);
+        const uint32_t expected = internal::Crc32cPortable(piece, 0);
+        ASSERT_EQ(crc32c(piece, 0), expected) << n;
+        ASSERT_EQ(crc32c(piece.substr(n / 3), crc32c(piece.substr(0, n / 3), 0)), expected) << n;
+      }
+    }
+  }
+}
+
+TEST(Crc32cTest, SeesEveryFlippedBitOfALongInput) {
+  std::string data(4096 + 77, 'm');
+  for (const internal::CrcFunction crc32c : internal::Crc32cFunctions()) {
+    const uint32_t whole = crc32c(data, 0);
+    for (size_t bit = 0; bit < 8 * data.size(); bit += 3) {
+      data[bit / 8] ^= static_cast<char>(1 << bit % 8);
+      ASSERT_NE(crc32c(data, 0), whole) << bit;
+      data[bit / 8] ^= static_cast<char>(1 << bit % 8);
     }
   }
 }
