@@ -41,7 +41,6 @@ class BitReader {
     count_ -= bits;
     return number;
   }
-  uint64_t rest() const { return pending_; }  // bits of the last byte that nothing took
 
  private:
   const uint8_t* in_;
@@ -139,9 +138,28 @@ absl::Status VqCodec::Encode(std::span<const float> vectors, std::span<uint8_t> 
   return absl::OkStatus();
 }
 
+absl::Status VqCodec::CheckCodes(std::span<const uint8_t> codes) const {
+  const int64_t code_bytes = bytes_per_vector();
+  if (static_cast<int64_t>(codes.size()) % code_bytes != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "codec vq: ", codes.size(), " bytes are not a whole number of codes of ", code_bytes));
+  }
+  // The coarse numbers end within a byte, whose upper bits are zero; the fine ones fill theirs.
+  const int64_t last = codebook_.coarse_code_bytes() - 1;
+  const int used = kCoarseBooks * codebook_.coarse_bits - 8 * static_cast<int>(last);
+  for (size_t at = last; at < codes.size(); at += code_bytes) {
+    if (codes[at] >> used != 0) {
+      return absl::DataLossError(
+          absl::StrCat("codec vq: vector ", at / code_bytes, " has bits that no code has"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status VqCodec::Decode(std::span<const uint8_t> bytes, std::span<float> vectors) const {
   if (absl::Status sizes = CheckCodecSizes(*this, vectors.size(), bytes.size()); !sizes.ok())
     return sizes;
+  if (absl::Status codes = CheckCodes(bytes); !codes.ok()) return codes;
   const int d = head_dim();
   const int half = d / kCoarseBooks, part = d / kFineBooks;
   const int64_t n = static_cast<int64_t>(vectors.size()) / d;
@@ -155,10 +173,6 @@ absl::Status VqCodec::Decode(std::span<const uint8_t> bytes, std::span<float> ve
       for (int m = 0; m < kCoarseBooks; ++m) {
         const int64_t row = m * codebook_.coarse_rows() + coarse.Take(codebook_.coarse_bits);
         std::copy_n(codebook_.coarse.data() + row * half, half, x + m * half);
-      }
-      if (coarse.rest() != 0) {
-        return absl::DataLossError(
-            absl::StrCat("codec vq: vector ", first + v, " has bits that no code has"));
       }
       BitReader fine(code + codebook_.coarse_code_bytes());
       for (int m = 0; m < kFineBooks; ++m) {

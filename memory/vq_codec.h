@@ -30,6 +30,10 @@ class VqCodec final : public Codec {
   absl::Status Encode(std::span<const float> vectors, std::span<uint8_t> out) const override;
   absl::Status Decode(std::span<const uint8_t> bytes, std::span<float> vectors) const override;
 
+  // What Decode checks, without decoding: DATA_LOSS names the first vector whose code has bits that
+  // no code has; INVALID_ARGUMENT: not a whole number of codes.
+  absl::Status CheckCodes(std::span<const uint8_t> codes) const;
+
   // The tables, for devices that keep them beside their kernels.
   const VqCodebook& codebook() const { return codebook_; }
 

@@ -12,6 +12,7 @@
 
 #include "memory/codec.h"
 #include "memory/record.h"
+#include "memory/vq_codebook.h"
 #include "transformer/testing/decoder_fixture.h"
 
 namespace memory3 {
@@ -240,6 +241,61 @@ TEST_F(DecoderTest, Bf16CachesStayClose) {
   EXPECT_GT(Difference(rounded, exact), 0) << "the caches are not bf16";
   // Slices change nothing here either: attention reads every key from the cache.
   EXPECT_EQ(FeedNew(*decoder_, Layout::kMemory, ids, kReads, {9}), rounded);
+}
+
+// A record's payload loads as the memory it stands for, through every codec: to the bit, for the
+// order of sums hangs on the values.
+TEST_F(DecoderTest, EncodedMemoriesLoadAsDecodedOnes) {
+  VqCodebook book;
+  book.head_dim = config_.head_dim;
+  book.coarse_bits = 3;
+  book.fine_bits = 2;
+  book.rotation.assign(64, 0.0f);
+  for (int i = 0; i < 8; ++i) book.rotation[i * 8 + (i * 3 + 1) % 8] = 1;
+  for (int i = 0; i < 8 << 3; ++i) book.coarse.push_back(static_cast<float>(i % 11) - 5);
+  for (int i = 0; i < 8 << 2; ++i) book.fine.push_back(0.1f * static_cast<float>(i % 7));
+  const std::string file = SerializeCodebook(book).value();
+  const std::vector<ExplicitMemory> written =
+      WriteMemories(*decoder_, {RandomIds(config_, 32, 1), RandomIds(config_, 3, 3)});
+  const Hash256 fingerprint = Sha256Of("a model");
+  const std::vector<int32_t> ids = RandomIds(config_, 20, 6);
+  for (const CodecId id : {CodecId::kF32, CodecId::kBF16, CodecId::kInt8, CodecId::kVq}) {
+    SCOPED_TRACE(CodecName(id));
+    const auto codec =
+        MakeCodec(id, config_.head_dim, id == CodecId::kVq ? std::string_view(file) : "");
+    ASSERT_TRUE(codec.ok()) << codec.status();
+    std::vector<ExplicitMemory> decoded;
+    std::vector<std::string> records;
+    for (const ExplicitMemory& memory : written) {
+      records.push_back(EncodeRecord(memory, fingerprint, **codec).value());
+      decoded.push_back(DecodeRecord(records.back(), fingerprint, **codec).value());
+    }
+    LoadMemories(*decoder_, decoded);
+    const std::vector<float> expected = FeedNew(*decoder_, Layout::kMemory, ids, {{20, {0, 1}}});
+    MemoryPool& pool = decoder_->pool();
+    const auto codes = [&](int i) {
+      const std::string_view payload = RecordPayload(records[i]);
+      return std::span(reinterpret_cast<const uint8_t*>(payload.data()), payload.size());
+    };
+    for (const int i : {0, 1}) {
+      pool.Unload(i);
+      const absl::Status status = pool.LoadEncoded(i, decoded[i].shape, codes(i), **codec);
+      ASSERT_TRUE(status.ok()) << status;
+    }
+    EXPECT_EQ(FeedNew(*decoder_, Layout::kMemory, ids, {{20, {0, 1}}}), expected);
+
+    const auto refused = [&](int slot, const MemoryShape& shape, std::span<const uint8_t> bytes) {
+      return pool.LoadEncoded(slot, shape, bytes, **codec).code();
+    };
+    const MemoryShape& shape = decoded[0].shape;
+    EXPECT_EQ(refused(64, shape, codes(0)), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(refused(0, shape, codes(0).subspan(1)), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(refused(0, decoded[1].shape, codes(0)), absl::StatusCode::kInvalidArgument);
+    const auto wide = MakeF32Codec(2 * config_.head_dim);
+    EXPECT_EQ(pool.LoadEncoded(0, shape, std::vector<uint8_t>(shape.vectors() * 64), *wide).code(),
+              absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(pool.tokens(0), 4) << "a refused memory must leave the slot as it was";
+  }
 }
 
 // The memory reader fills slots while the engine computes with others.

@@ -14,7 +14,8 @@
 // floating point), so that training resumes bit for bit.
 //
 // Thread-safety: one thread at a time drives a Device (the engine thread). Buffers may be allocated
-// and freed, and host memory uploaded with UploadAsync, by other threads.
+// and freed, and host memory uploaded with UploadAside or a VectorDecoder, by
+// other threads.
 //
 // Errors: operations on well-formed arguments cannot fail on the CPU; shapes are checked with
 // CHECK, for a wrong shape is a bug in the decoder. Device faults surface as a Status from
@@ -30,6 +31,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "memory/codec.h"
 #include "transformer/tensor.h"
 
 namespace memory3 {
@@ -138,6 +140,16 @@ struct ReferenceRows {
   int tokens = 0;  // >= 1
 };
 
+// Decodes what one codec has encoded, with the codec's tables in device memory. Thread-safety: any
+// thread, beside compute. The device must outlive it.
+class VectorDecoder {
+ public:
+  virtual ~VectorDecoder() = default;
+  // Brings `codes` to the device, decodes them into `vectors` there and returns when that is done.
+  // INVALID_ARGUMENT: not a whole number of codes. Errors of the device.
+  virtual absl::Status DecodeAside(const VectorRuns& vectors, std::span<const uint8_t> codes) = 0;
+};
+
 struct AdamW {
   float learning_rate = 0, beta1 = 0.9f, beta2 = 0.95f, epsilon = 1e-8f, weight_decay = 0;
   int64_t step = 1;  // counts from 1
@@ -160,6 +172,10 @@ class Device {
   virtual absl::Status Synchronize() = 0;
   // For the memory reader: copies beside compute, from any thread; waits until the bytes are there.
   virtual absl::Status UploadAside(void* device, const void* host, size_t bytes) = 0;
+  // Whether MakeVectorDecoder knows this kind of codec; on the others the host decodes.
+  virtual bool DecodesVectors(CodecId) const { return false; }
+  // From any thread. UNIMPLEMENTED: not this kind of codec. RESOURCE_EXHAUSTED: device full.
+  virtual absl::StatusOr<std::unique_ptr<VectorDecoder>> MakeVectorDecoder(const Codec& codec);
 
   // w: [out, in] row-major f32 on the host.
   virtual absl::StatusOr<std::unique_ptr<Weight>> PrepareWeight(std::span<const float> w,

@@ -1,6 +1,7 @@
 #include "transformer/memory_pool.h"
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -48,19 +49,27 @@ absl::StatusOr<std::unique_ptr<MemoryPool>> MemoryPool::Create(Device* device,
   return pool;
 }
 
-absl::Status MemoryPool::Load(int slot, const ExplicitMemory& memory) {
+absl::Status MemoryPool::CheckFits(int slot, const MemoryShape& shape, size_t size, int64_t wanted,
+                                   const char* what) const {
   if (slot < 0 || slot >= slots_) {
     return absl::InvalidArgumentError(absl::StrCat("memory pool: slot ", slot, " of ", slots_));
   }
-  const MemoryShape& m = memory.shape;
-  MemoryShape widest = m;
+  MemoryShape widest = shape;
   widest.tokens = shape_.tokens;
-  if (widest != shape_ || m.tokens < 1 || m.tokens > shape_.tokens ||
-      static_cast<int64_t>(memory.values.size()) != m.values()) {
+  if (widest != shape_ || shape.tokens < 1 || shape.tokens > shape_.tokens ||
+      static_cast<int64_t>(size) != wanted) {
     return absl::InvalidArgumentError(
-        absl::StrCat("memory pool: a memory of shape ", ToString(m), " and ", memory.values.size(),
-                     " values does not fit slots of shape ", ToString(shape_)));
+        absl::StrCat("memory pool: a memory of shape ", ToString(shape), " and ", size, " ", what,
+                     " does not fit slots of shape ", ToString(shape_)));
   }
+  return absl::OkStatus();
+}
+
+absl::Status MemoryPool::Load(int slot, const ExplicitMemory& memory) {
+  const MemoryShape& m = memory.shape;
+  if (absl::Status status = CheckFits(slot, m, memory.values.size(), m.values(), "values");
+      !status.ok())
+    return status;
   Unload(slot);
   // Spread the heads' runs of tokens to the slot's strides; nothing to do where the memory fills
   // it.
@@ -88,6 +97,52 @@ absl::Status MemoryPool::Load(int slot, const ExplicitMemory& memory) {
                      std::memory_order_release);
   tokens_[slot].store(m.tokens, std::memory_order_release);
   return absl::OkStatus();
+}
+
+absl::Status MemoryPool::LoadEncoded(int slot, const MemoryShape& shape,
+                                     std::span<const uint8_t> codes, const Codec& codec) {
+  if (absl::Status status = CheckFits(slot, shape, codes.size(),
+                                      shape.vectors() * codec.bytes_per_vector(), "bytes of codes");
+      !status.ok())
+    return status;
+  if (codec.head_dim() != shape_.head_dim) {
+    return absl::InvalidArgumentError(absl::StrCat("memory pool: the codec's head_dim is ",
+                                                   codec.head_dim(), ", the slots' is ",
+                                                   shape_.head_dim));
+  }
+  if (!device_->DecodesVectors(codec.id())) {
+    ExplicitMemory memory;
+    memory.shape = shape;
+    memory.reference_tokens = shape.tokens;
+    memory.values.resize(shape.values());
+    absl::Status status = codec.Decode(codes, memory.values);
+    return status.ok() ? Load(slot, memory) : status;
+  }
+  absl::StatusOr<std::shared_ptr<VectorDecoder>> decoder = DecoderFor(codec);
+  if (!decoder.ok()) return decoder.status();
+  Unload(slot);
+  const VectorRuns runs{data(slot), source_.dtype, shape.tokens, source_.head_stride};
+  if (absl::Status status = (*decoder)->DecodeAside(runs, codes); !status.ok()) return status;
+  order_[slot].store(Crc32c({reinterpret_cast<const char*>(codes.data()), codes.size()}),
+                     std::memory_order_release);
+  tokens_[slot].store(shape.tokens, std::memory_order_release);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::shared_ptr<VectorDecoder>> MemoryPool::DecoderFor(const Codec& codec) {
+  const std::lock_guard lock(mutex_);
+  auto found = std::find_if(decoders_.begin(), decoders_.end(), [&](const KeptDecoder& kept) {
+    return kept.codebook == codec.codebook_hash();
+  });
+  if (found == decoders_.end()) {
+    absl::StatusOr<std::unique_ptr<VectorDecoder>> made = device_->MakeVectorDecoder(codec);
+    if (!made.ok()) return made.status();
+    if (decoders_.size() == kMostDecoders) decoders_.pop_back();
+    decoders_.push_back({codec.codebook_hash(), *std::move(made)});
+    found = std::prev(decoders_.end());
+  }
+  std::rotate(decoders_.begin(), found, std::next(found));
+  return decoders_.front().decoder;
 }
 
 void MemoryPool::Unload(int slot) { tokens_[slot].store(0, std::memory_order_release); }

@@ -81,4 +81,13 @@ struct Tensor {
   }
 };
 
+// Where vectors of head_dim elements lie in device memory: in runs of `run` vectors one behind the
+// other. Vector i begins at element i / run * run_stride + i % run * head_dim of `data`.
+struct VectorRuns {
+  void* data = nullptr;
+  DType dtype = DType::kF32;  // or kBF16
+  int64_t run = 1;            // >= 1
+  int64_t run_stride = 0;
+};
+
 }  // namespace memory3

@@ -11,8 +11,9 @@
 // data of their own (CrossEntropy's targets, references, AdamW's options, Upload) are never
 // recorded: a key whose operations hold one runs them one by one.
 //
-// Thread-safety: as device.h says; Allocate, UploadAside and the freeing of buffers from any
-// thread. Ownership: owns its streams and scratch memory; must outlive its buffers.
+// Thread-safety: as device.h says; Allocate, UploadAside, MakeVectorDecoder and the freeing of
+// buffers from any thread. Ownership: owns its streams and scratch memory; must outlive its
+// buffers.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -53,6 +54,7 @@ class CudaDevice final : public Device {
   // Every entry point's first step: this thread works on this device.
   void Bind() const { cudaSetDevice(ordinal_); }
   CublasLt& cublaslt() { return *lt_; }
+  AsideUploader& aside() { return *aside_; }
 
   std::string name() const override;
   bool is_cpu() const override { return false; }
@@ -67,6 +69,10 @@ class CudaDevice final : public Device {
   absl::Status Synchronize() override;
   absl::Status UploadAside(void* device, const void* host, size_t bytes) override;
   void Run(uint64_t key, const std::function<void()>& operations) override;
+
+  // vq_decode.cc
+  bool DecodesVectors(CodecId codec) const override { return codec == CodecId::kVq; }
+  absl::StatusOr<std::unique_ptr<VectorDecoder>> MakeVectorDecoder(const Codec& codec) override;
 
   // prepare.cc
   PreparedBatch* Prepare(const BatchInput& input, int slot) override;

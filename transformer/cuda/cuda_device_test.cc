@@ -20,6 +20,7 @@
 #include "transformer/cuda/vq_decode.h"
 #include "transformer/decoder.h"
 #include "transformer/device.h"
+#include "transformer/memory_pool.h"
 #include "transformer/model.h"
 #include "transformer/parameters.h"
 #include "transformer/training_step.h"
@@ -534,7 +535,8 @@ TEST_P(CudaDeviceTest, WritingScoresSelectsGathersAndScatters) {
   });
 }
 
-TEST_P(CudaDeviceTest, VqDecodesAsTheCodecDoes) {
+// Of the standard code, head size 16.
+VqCodebook Codebook() {
   VqCodebook book;
   book.head_dim = 16;
   book.coarse_bits = 14;
@@ -549,6 +551,11 @@ TEST_P(CudaDeviceTest, VqDecodesAsTheCodecDoes) {
   }
   book.coarse = Random(2 * 16384 * 8, 76);
   book.fine = Random(8 * 1024 * 2, 77, 0.1f);
+  return book;
+}
+
+TEST_P(CudaDeviceTest, VqDecodesAsTheCodecDoes) {
+  const VqCodebook book = Codebook();
   const auto codec = VqCodec::Create(book, Hash256{});
   ASSERT_TRUE(codec.ok()) << codec.status();
   const int n = 1003;
@@ -565,6 +572,53 @@ TEST_P(CudaDeviceTest, VqDecodesAsTheCodecDoes) {
   const Tensor vectors = s.Act(Floats(n * 16), n, 16);
   ASSERT_TRUE((*decoder)->Decode(vectors, static_cast<const uint8_t*>(device_codes)).ok());
   EXPECT_LE(Difference(s.Get(vectors), wanted), GetParam() == DType::kF32 ? 1e-5 : 5e-3);
+}
+
+// The pool decodes a record's codes into the slot: a full memory, a short one that leaves gaps
+// between the heads, from several threads at once.
+TEST_P(CudaDeviceTest, EncodedMemoriesAreDecodedIntoTheirSlots) {
+  const auto codec = VqCodec::Create(Codebook(), Sha256Of("a codebook"));
+  ASSERT_TRUE(codec.ok()) << codec.status();
+  ASSERT_TRUE(cuda_->DecodesVectors(CodecId::kVq));
+  ModelConfig config;
+  config.kv_heads = 3;
+  config.head_dim = 16;
+  ExplicitMemoryConfig memory;
+  memory.memory_layers = {0, 1, 3, 4};
+  constexpr int kSlots = 12;
+  auto pool = MemoryPool::Create(cuda_.get(), config, memory, GetParam(), kSlots);
+  ASSERT_TRUE(pool.ok()) << pool.status();
+  auto wanted = MemoryPool::Create(cpu_.get(), config, memory, DType::kF32, kSlots);
+  ASSERT_TRUE(wanted.ok()) << wanted.status();
+  const auto shape_of = [](int slot) {
+    return MemoryShape{4, 3, slot % 3 == 0 ? 8 : slot % 7 + 1, 16};
+  };
+  std::vector<std::thread> threads;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    threads.emplace_back([&, slot] {
+      const MemoryShape shape = shape_of(slot);
+      std::vector<uint8_t> codes(shape.vectors() * 14);
+      ASSERT_TRUE((*codec)->Encode(Random(shape.values(), 90 + slot), codes).ok());
+      for (MemoryPool* each : {pool->get(), wanted->get()}) {
+        const absl::Status status = each->LoadEncoded(slot, shape, codes, **codec);
+        EXPECT_TRUE(status.ok()) << status;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  Side cuda(cuda_.get()), cpu(cpu_.get());
+  const KvSource& source = (*wanted)->source();
+  for (int slot = 0; slot < kSlots; ++slot) {
+    SCOPED_TRACE(slot);
+    const MemoryShape shape = shape_of(slot);
+    EXPECT_EQ((*pool)->tokens(slot), shape.tokens);
+    const int64_t run = int64_t{shape.tokens} * 16;
+    const int64_t runs = int64_t{2} * shape.layers * shape.kv_heads;
+    const Tensor got{(*pool)->data(slot), GetParam(), runs, run, source.head_stride};
+    const Tensor expected{(*wanted)->data(slot), DType::kF32, runs, run, source.head_stride};
+    EXPECT_LE(Difference(cuda.Get(got), cpu.Get(expected)),
+              GetParam() == DType::kF32 ? 1e-5 : 5e-3);
+  }
 }
 
 // ---- memory and recording ----

@@ -71,6 +71,7 @@ AsideUploader::Lane::~Lane() {
     if (event != nullptr) cudaEventDestroy(event);
   }
   if (stream != nullptr) cudaStreamDestroy(stream);
+  cudaFree(device);
 }
 
 AsideUploader::~AsideUploader() = default;
@@ -111,26 +112,59 @@ void AsideUploader::Return(std::unique_ptr<Lane> lane) {
   returned_.notify_one();
 }
 
+cudaError_t AsideUploader::Copy(Lane& lane, void* device, const void* host, size_t bytes) {
+  int half = 0;
+  for (size_t at = 0; at < bytes; at += kHalfBytes, half = 1 - half) {
+    const size_t piece = std::min(kHalfBytes, bytes - at);
+    char* pinned = static_cast<char*>(lane.buffer.data()) + half * kHalfBytes;
+    // At once where it was never recorded.
+    cudaError_t error = cudaEventSynchronize(lane.copied[half]);
+    if (error != cudaSuccess) return error;
+    std::memcpy(pinned, static_cast<const char*>(host) + at, piece);
+    error = cudaMemcpyAsync(static_cast<char*>(device) + at, pinned, piece, cudaMemcpyHostToDevice,
+                            lane.stream);
+    if (error == cudaSuccess) error = cudaEventRecord(lane.copied[half], lane.stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 absl::Status AsideUploader::Upload(void* device, const void* host, size_t bytes) {
   absl::Status status = CudaStatus(cudaSetDevice(ordinal_), "device");
   if (!status.ok()) return status;
   absl::StatusOr<std::unique_ptr<Lane>> taken = Take();
   if (!taken.ok()) return taken.status();
-  Lane& lane = **taken;
-  cudaError_t error = cudaSuccess;
-  int half = 0;
-  for (size_t at = 0; at < bytes && error == cudaSuccess; at += kHalfBytes, half = 1 - half) {
-    const size_t piece = std::min(kHalfBytes, bytes - at);
-    char* pinned = static_cast<char*>(lane.buffer.data()) + half * kHalfBytes;
-    error = cudaEventSynchronize(lane.copied[half]);  // at once where it was never recorded
-    if (error != cudaSuccess) break;
-    std::memcpy(pinned, static_cast<const char*>(host) + at, piece);
-    error = cudaMemcpyAsync(static_cast<char*>(device) + at, pinned, piece, cudaMemcpyHostToDevice,
-                            lane.stream);
-    if (error == cudaSuccess) error = cudaEventRecord(lane.copied[half], lane.stream);
-  }
-  const cudaError_t done = cudaStreamSynchronize(lane.stream);
+  const cudaError_t error = Copy(**taken, device, host, bytes);
+  const cudaError_t done = cudaStreamSynchronize((*taken)->stream);
   status = CudaStatus(error != cudaSuccess ? error : done, "upload aside");
+  Return(*std::move(taken));
+  return status;
+}
+
+absl::Status AsideUploader::UploadFor(const Use& use, const void* host, size_t bytes) {
+  absl::Status status = CudaStatus(cudaSetDevice(ordinal_), "device");
+  if (!status.ok()) return status;
+  absl::StatusOr<std::unique_ptr<Lane>> taken = Take();
+  if (!taken.ok()) return taken.status();
+  Lane& lane = **taken;
+  if (lane.device_bytes < bytes) {
+    cudaFree(lane.device);
+    lane.device = nullptr;
+    lane.device_bytes = 0;
+    status = CudaStatus(cudaMalloc(&lane.device, bytes), "memory for uploads");
+    if (status.ok()) {
+      lane.device_bytes = bytes;
+    } else {
+      lane.device = nullptr;
+      cudaGetLastError();  // reported; not to be found by the next launch
+    }
+  }
+  if (status.ok()) {
+    cudaError_t error = Copy(lane, lane.device, host, bytes);
+    if (error == cudaSuccess) error = use(lane.device, lane.stream);
+    const cudaError_t done = cudaStreamSynchronize(lane.stream);
+    status = CudaStatus(error != cudaSuccess ? error : done, "upload and use aside");
+  }
   Return(*std::move(taken));
   return status;
 }

@@ -5,6 +5,7 @@
 
 #include <condition_variable>
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -72,6 +73,11 @@ class AsideUploader {
 
   // Returns when the bytes are there.
   absl::Status Upload(void* device, const void* host, size_t bytes);
+  // Queues work that reads the uploaded bytes on the stream; answers the launch's error.
+  using Use = std::function<cudaError_t(const void* device, cudaStream_t stream)>;
+  // Brings the bytes to device memory of the uploader's own, calls `use` and returns when its work
+  // is done too.
+  absl::Status UploadFor(const Use& use, const void* host, size_t bytes);
 
  private:
   // Two halves of pinned memory: one is filled while the other is copied.
@@ -81,12 +87,16 @@ class AsideUploader {
     PinnedBuffer buffer;
     cudaStream_t stream = nullptr;
     cudaEvent_t copied[2] = {nullptr, nullptr};
+    void* device = nullptr;  // UploadFor's
+    size_t device_bytes = 0;
     ~Lane();
   };
 
   // Waits for a free lane.
   absl::StatusOr<std::unique_ptr<Lane>> Take();
   void Return(std::unique_ptr<Lane> lane);
+  // Queues the copies; `host` has been read when it returns.
+  static cudaError_t Copy(Lane& lane, void* device, const void* host, size_t bytes);
 
   const int ordinal_;
   std::mutex mutex_;

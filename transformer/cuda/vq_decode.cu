@@ -8,6 +8,7 @@ constexpr int kThreads = 256;
 // Vectors of one block, and those that a thread turns back at once.
 constexpr int kVectors = 32;
 constexpr int kAtOnce = 8;
+static_assert(kVectors <= kThreads && kVectors % kAtOnce == 0);
 constexpr int kBooks = 8;  // fine
 constexpr int kCoarseBooks = 2;
 
@@ -19,15 +20,19 @@ __device__ __forceinline__ int Bits(const uint8_t* code, int at, int count) {
   return static_cast<int>(bits >> (at % 8) & ((1u << count) - 1));
 }
 
-// Shared memory: the vectors as they are before the rotation is undone, [head_dim, kVectors], then
-// the codes.
-__global__ __launch_bounds__(kThreads) void VqDecodeKernel(Tensor vectors, const uint8_t* codes,
-                                                           VqTables t) {
+// Shared memory: the vectors as they are before the rotation is undone, [d, kVectors], then the
+// codes; besides, where each vector goes.
+__global__ __launch_bounds__(kThreads) void VqDecodeKernel(VectorRuns vectors, int64_t all, int d,
+                                                           const uint8_t* codes, VqTables t) {
   extern __shared__ __align__(16) float rotated[];
-  const int d = static_cast<int>(vectors.cols);
+  __shared__ int64_t goes_to[kVectors];
   auto* code = reinterpret_cast<uint8_t*>(rotated + d * kVectors);
   const int64_t first = int64_t{blockIdx.x} * kVectors;
-  const int count = static_cast<int>(min(int64_t{kVectors}, vectors.rows - first));
+  const int count = static_cast<int>(min(int64_t{kVectors}, all - first));
+  if (static_cast<int>(threadIdx.x) < count) {
+    const int64_t i = first + threadIdx.x;
+    goes_to[threadIdx.x] = i / vectors.run * vectors.run_stride + i % vectors.run * d;
+  }
   for (int i = threadIdx.x; i < count * t.code_bytes; i += kThreads) {
     code[i] = codes[first * t.code_bytes + i];
   }
@@ -70,7 +75,7 @@ __global__ __launch_bounds__(kThreads) void VqDecodeKernel(Tensor vectors, const
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       if (v + j < count) {
-        StoreOne(vectors.data, vectors.dtype, (first + v + j) * vectors.stride + c, sum[j]);
+        StoreOne(vectors.data, vectors.dtype, goes_to[v + j] + c, sum[j]);
       }
     }
   }
@@ -78,16 +83,16 @@ __global__ __launch_bounds__(kThreads) void VqDecodeKernel(Tensor vectors, const
 
 }  // namespace
 
-cudaError_t LaunchVqDecode(Tensor vectors, const uint8_t* codes, const VqTables& tables,
-                           cudaStream_t stream) {
-  if (vectors.rows == 0) return cudaSuccess;
-  const int bytes = static_cast<int>(sizeof(float)) * kVectors * static_cast<int>(vectors.cols) +
-                    kVectors * tables.code_bytes;
+cudaError_t LaunchVqDecode(const VectorRuns& vectors, int64_t count, int head_dim,
+                           const uint8_t* codes, const VqTables& tables, cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const int bytes =
+      static_cast<int>(sizeof(float)) * kVectors * head_dim + kVectors * tables.code_bytes;
   const cudaError_t error =
       cudaFuncSetAttribute(VqDecodeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  VqDecodeKernel<<<CeilDivide(vectors.rows, kVectors), kThreads, bytes, stream>>>(vectors, codes,
-                                                                                  tables);
+  VqDecodeKernel<<<CeilDivide(count, kVectors), kThreads, bytes, stream>>>(vectors, count, head_dim,
+                                                                           codes, tables);
   return cudaGetLastError();
 }
 

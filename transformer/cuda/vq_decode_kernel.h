@@ -18,7 +18,7 @@ struct VqTables {
   int coarse_code_bytes = 0, code_bytes = 0;
 };
 
-cudaError_t LaunchVqDecode(Tensor vectors, const uint8_t* codes, const VqTables& tables,
-                           cudaStream_t stream);
+cudaError_t LaunchVqDecode(const VectorRuns& vectors, int64_t count, int head_dim,
+                           const uint8_t* codes, const VqTables& tables, cudaStream_t stream);
 
 }  // namespace memory3
