@@ -93,6 +93,7 @@ void Measure(const std::string& name, int dimension, const std::vector<float>& v
     std::vector<ScoredSlot> candidates;
     index->Search(query, 4 * kDepth + 64, nullptr, &candidates);
     std::vector<float> rescored;
+    rescored.reserve(candidates.size());
     for (const ScoredSlot& c : candidates) {
       rescored.push_back(Dot(query, &vectors[row[c.slot] * dimension], dimension));
     }

@@ -17,7 +17,9 @@ function(memory3_binary name)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 endfunction()
 
-# memory3_test(NAME SOURCES… DEPS targets… [TIMEOUT seconds] [LABELS …]): one ctest entry a case.
+# memory3_test(NAME SOURCES… DEPS targets… [TIMEOUT seconds] [LABELS …]): one ctest entry a case. Its
+# labels are `unit` and those given (`concurrent` is what TSan is for); the target LABEL_tests builds
+# the tests of a label and nothing else.
 function(memory3_test name)
   cmake_parse_arguments(T "" "TIMEOUT" "SOURCES;DEPS;LABELS" ${ARGN})
   if(NOT T_TIMEOUT)
@@ -26,6 +28,12 @@ function(memory3_test name)
   add_executable(${name} ${T_SOURCES})
   target_link_libraries(${name} PRIVATE memory3_flags ${T_DEPS} GTest::gmock GTest::gtest_main)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
+  foreach(label unit ${T_LABELS})
+    if(NOT TARGET ${label}_tests)
+      add_custom_target(${label}_tests)
+    endif()
+    add_dependencies(${label}_tests ${name})
+  endforeach()
   gtest_discover_tests(${name}
     DISCOVERY_MODE PRE_TEST
     WORKING_DIRECTORY ${PROJECT_SOURCE_DIR}
