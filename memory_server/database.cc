@@ -3,6 +3,7 @@
 #include <rocksdb/cache.h>
 #include <rocksdb/convenience.h>
 #include <rocksdb/env.h>
+#include <rocksdb/file_system.h>
 #include <rocksdb/filter_policy.h>
 #include <rocksdb/listener.h>
 #include <rocksdb/table.h>
@@ -11,7 +12,9 @@
 #include <algorithm>
 #include <chrono>
 
+#include "memory_server/log_check.h"
 #include "memory_server/message.h"
+#include "memory_server/retryable_file_system.h"
 #include "memory_server/rocksdb_crc32c.h"
 
 namespace memory3 {
@@ -26,7 +29,8 @@ constexpr auto kRecoveryPause = std::chrono::milliseconds(200);
 absl::Status FromRocksDb(const rocksdb::Status& status, std::string_view doing) {
   if (status.ok()) return absl::OkStatus();
   std::string message = Message(doing, ": ", status.ToString());
-  if (status.IsNoSpace() || status.subcode() == rocksdb::Status::kSpaceLimit) {
+  if (status.IsNoSpace() || status.subcode() == rocksdb::Status::kSpaceLimit ||
+      message.find(kNoSpaceMark) != std::string::npos) {
     return absl::ResourceExhaustedError(message);
   }
   if (status.IsCorruption()) return absl::DataLossError(message);
@@ -46,6 +50,9 @@ rocksdb::DBOptions DatabaseOptions(const RocksDbStoreOptions& options) {
   o.max_open_files = 4096;
   o.keep_log_file_num = 4;
   o.max_log_file_size = uint64_t{8} << 20;
+  // A torn tail ends the replay of the log, and of logs after it: what is left is one moment of the
+  // database whatever reached the disk. Damage elsewhere CheckLogs has found before.
+  o.wal_recovery_mode = rocksdb::WALRecoveryMode::kPointInTimeRecovery;
   // The recovery loop resumes, so that health follows the same state as writes.
   o.max_bgerror_resume_count = 0;
   return o;
@@ -124,11 +131,17 @@ absl::StatusOr<std::shared_ptr<Database>> Database::Open(const std::string& dire
   std::shared_ptr<Database> d(new Database);
   if (!RocksDbUsesOurCrc32c()) spdlog::info("RocksDB computes checksums its own way");
   rocksdb::DBOptions o = DatabaseOptions(options);
-  d->env_ = o.env;
+  d->directory_ = directory;
+  d->retryable_env_ = rocksdb::NewCompositeEnv(MakeRetryableFileSystem(o.env->GetFileSystem()));
+  o.env = d->env_ = d->retryable_env_.get();
   o.listeners.push_back(std::make_shared<Listener>(d.get()));
   auto cache = rocksdb::NewLRUCache(options.cache_bytes);
   std::vector<rocksdb::ColumnFamilyHandle*> handles;
   rocksdb::DB* db = nullptr;
+  if (absl::Status sound = CheckLogs(o.env, directory); !sound.ok()) {
+    if (!options.accept_log_damage) return sound;
+    spdlog::warn("store: accepting a damaged log: {}", sound.ToString());
+  }
   rocksdb::Status s =
       rocksdb::DB::Open(o, directory, FamilyDescriptors(options, cache), &handles, &db);
   if (!s.ok()) return FromRocksDb(s, Message("opening the database in ", directory));
@@ -244,8 +257,8 @@ void Database::RecoverLoop() {
       rocksdb::WriteOptions synced;
       synced.sync = true;
       s = db_->Put(synced, families_[kMetadata], "w", "");
-    } else if (s.severity() >= rocksdb::Status::kFatalError) {
-      needs_reopen_ = true;
+    } else if (s.severity() >= rocksdb::Status::kFatalError && DiskTakesWrites()) {
+      needs_reopen_ = true;  // not before: until then this one still reads
     }
     lock.lock();
     if (s.ok()) {
@@ -255,6 +268,14 @@ void Database::RecoverLoop() {
       error_ = FromRocksDb(s, "the store is not writable");
     }
   }
+}
+
+bool Database::DiskTakesWrites() const {
+  // By its name a temporary file of RocksDB's, which removes what a crash leaves of it.
+  const std::string probe = directory_ + "/000000.dbtmp";
+  const bool written = rocksdb::WriteStringToFile(env_, "probe", probe, /*should_sync=*/true).ok();
+  (void)env_->DeleteFile(probe);
+  return written;
 }
 
 uint64_t Database::disk_bytes() const {

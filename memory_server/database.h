@@ -87,7 +87,8 @@ class Database : public std::enable_shared_from_this<Database> {
 
   // OK, or why writes fail.
   absl::Status writable() const;
-  // True: RocksDB cannot come back by itself; it must be closed and opened again.
+  // True: RocksDB cannot come back by itself, and the disk takes writes again: it must be closed
+  // and opened again.
   bool needs_reopen() const { return needs_reopen_.load(std::memory_order_relaxed); }
   uint64_t disk_bytes() const;
 
@@ -98,6 +99,11 @@ class Database : public std::enable_shared_from_this<Database> {
   absl::Status NoteWriteError(const rocksdb::Status& status, std::string_view doing);
   void RecoverLoop();
 
+  // Whether a file can be written and synced now.
+  bool DiskTakesWrites() const;
+
+  std::string directory_;
+  std::unique_ptr<rocksdb::Env> retryable_env_;  // outlives the database
   std::unique_ptr<rocksdb::DB> db_;
   std::array<rocksdb::ColumnFamilyHandle*, kFamilyCount> families_{};
   rocksdb::Env* env_ = nullptr;

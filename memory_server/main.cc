@@ -27,6 +27,9 @@ int Main(int argc, char** argv) {
   AddFlag(app, "data", store_options.directory, "Directory of the database")->required();
   AddFlag(app, "backup_root", store_options.backup_root,
           "Directory below which backups may be made; empty: none");
+  AddFlag(app, "accept_log_damage", store_options.accept_log_damage,
+          "Open although the write-ahead log is damaged, without what was acknowledged after the "
+          "damage");
   AddFlag(app, "held_limit", retrieve.held_limit,
           "Records remembered per Retrieve stream as held by its client")
       ->check(CLI::Range(1, 100'000'000));

@@ -23,8 +23,10 @@ absl::Status Malformed(std::string_view what) {
   return absl::DataLossError(Message("metadata: a malformed row of ", what));
 }
 
-// One full-length reference's record.
-uint64_t BytesPerReference(const KnowledgeBaseSpec& spec) {
+constexpr int64_t kStandardVqBytes = 14;
+
+// One full-length reference's record. `vq_bytes`: of a code by the knowledge base's codebook.
+uint64_t BytesPerReference(const KnowledgeBaseSpec& spec, int64_t vq_bytes) {
   const Geometry& g = spec.geometry;
   uint64_t vectors = 2ull * g.memory_layers.size() * g.kv_heads * g.tokens_kept;
   uint64_t each = 0;
@@ -39,7 +41,7 @@ uint64_t BytesPerReference(const KnowledgeBaseSpec& spec) {
       each = static_cast<uint64_t>(MakeInt8Codec(static_cast<int>(g.head_dim))->bytes_per_vector());
       break;
     case CodecId::kVq:
-      each = 14;
+      each = static_cast<uint64_t>(vq_bytes);
       break;
   }
   return kRecordHeaderBytes + vectors * each;
@@ -97,7 +99,7 @@ void RocksDbCore::StartWorkers() {
   commit_thread_ = std::thread([this] { CommitLoop(); });
 }
 
-absl::Status RocksDbCore::LoadSegmentFlags(const KnowledgeBase& kb, Segment* segment) {
+void RocksDbCore::LoadSegmentFlags(const KnowledgeBase& kb, Segment* segment) {
   const std::string prefix = kb.SegmentPrefix(segment->id);
   auto any = [&](Family family, const std::string& begin) {
     rocksdb::ReadOptions options;
@@ -112,7 +114,6 @@ absl::Status RocksDbCore::LoadSegmentFlags(const KnowledgeBase& kb, Segment* seg
   segment->rows = any(kEntries, prefix);
   segment->document_tombstones = any(kDocuments, prefix + "d");
   segment->record_tombstones = any(kDocuments, prefix + "r");
-  return absl::OkStatus();
 }
 
 // Rows by kind: F layout, N next id, K knowledge base, B codebook, A alias, V version, C counts,
@@ -172,9 +173,19 @@ absl::Status RocksDbCore::LoadCatalog() {
     kb->tenant_prefix = TenantPrefix(kb->tenant);
     kb->prefix = kb->tenant_prefix;
     AppendBig64(&kb->prefix, kb->id);
-    kb->bytes_per_reference = BytesPerReference(kb->spec);
+    kb->bytes_per_reference = BytesPerReference(kb->spec, kStandardVqBytes);
     by_id[kb->id] = kb;
     kbs_[r.key.substr(1)] = kb;
+  }
+  for (const Row& r : rows['B']) {
+    if (r.key.size() < 9) return Malformed("a codebook");
+    auto kb = by_id.find(ReadBig64(r.key.data() + r.key.size() - 8));
+    if (kb == by_id.end()) return Malformed("a codebook");
+    // A damaged one is DATA_LOSS for who reads it; the knowledge base's records are still sound.
+    if (absl::StatusOr<std::unique_ptr<Codec>> codec = MakeVqCodec(r.value); codec.ok()) {
+      kb->second->bytes_per_reference =
+          BytesPerReference(kb->second->spec, (*codec)->bytes_per_vector());
+    }
   }
   for (const Row& r : rows['A']) aliases_[r.key.substr(1)] = r.value;
   // V and C keys end with kb id and version.
@@ -196,9 +207,7 @@ absl::Status RocksDbCore::LoadCatalog() {
     auto stack = std::make_shared<Stack>();
     for (uint32_t i = 0; i < n && reader.ok(); ++i) stack->push_back(segment(reader.U64()));
     if (!reader.done() || stack->empty()) return Malformed("a version");
-    for (auto& s : *stack) {
-      if (absl::Status status = LoadSegmentFlags(*kb, s.get()); !status.ok()) return status;
-    }
+    for (auto& s : *stack) LoadSegmentFlags(*kb, s.get());
     v->stack = std::move(stack);
     kb->versions[number] = std::move(v);
   }
@@ -241,9 +250,7 @@ absl::Status RocksDbCore::LoadCatalog() {
     if (!reader.done() || kb == by_id.end()) return Malformed("a load");
     load->kb = kb->second;
     info.knowledge_base = load->kb->spec.name;
-    if (load->open()) {
-      if (absl::Status s = LoadSegmentFlags(*load->kb, load->segment.get()); !s.ok()) return s;
-    }
+    if (load->open()) LoadSegmentFlags(*load->kb, load->segment.get());
     if (info.state == LoadState::kIndexing) commits_.push_back(load);
     if (info.state == LoadState::kCommitted) info.indexing_fraction = 1;
     loads_[r.key.substr(1)] = std::move(load);
@@ -402,12 +409,21 @@ absl::StatusOr<KnowledgeBaseInfo> RocksDbCore::CreateKnowledgeBase(std::string_v
                                                                    bool if_not_exists) {
   if (absl::Status s = CheckTenant(tenant); !s.ok()) return s;
   if (absl::Status s = CheckSpec(spec); !s.ok()) return s;
+  int64_t vq_bytes = kStandardVqBytes;
+  if (spec.codec == CodecId::kVq) {
+    absl::StatusOr<std::unique_ptr<Codec>> codec =
+        MakeCodec(spec.codec, static_cast<int>(spec.geometry.head_dim), spec.codebook);
+    if (!codec.ok()) {
+      return absl::InvalidArgumentError(Message("codebook: ", codec.status().message()));
+    }
+    vq_bytes = (*codec)->bytes_per_vector();
+  }
   auto kb = std::make_shared<KnowledgeBase>();
   kb->tenant = tenant;
   kb->spec = spec;
   kb->spec.codebook.clear();
   if (!spec.codebook.empty()) kb->codebook_hash = Sha256Of(spec.codebook);
-  kb->bytes_per_reference = BytesPerReference(spec);
+  kb->bytes_per_reference = BytesPerReference(spec, vq_bytes);
   if (kb->bytes_per_reference > kMaxRecordBytes) {
     return absl::InvalidArgumentError(Message("geometry asks for records of ",
                                               kb->bytes_per_reference, " bytes: at most ",

@@ -199,7 +199,7 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
 
   // --- opening (rocksdb_core.cc) ---
   absl::Status LoadCatalog();
-  absl::Status LoadSegmentFlags(const KnowledgeBase& kb, Segment* segment);
+  void LoadSegmentFlags(const KnowledgeBase& kb, Segment* segment);
   void StartWorkers();
 
   // --- catalogue (rocksdb_core.cc, rocksdb_catalog.cc) ---

@@ -1,9 +1,7 @@
-// What the model test does not reach: bad input, damage on disk, failing disks, snapshots, backups,
-// pins, and many threads at once (run under ThreadSanitizer by `make check`).
+// What the model test does not reach: bad input, damage on disk, snapshots, backups, pins, and many
+// threads at once (run under ThreadSanitizer by `make check`).
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <rocksdb/env.h>
-#include <rocksdb/file_system.h>
 
 #include <atomic>
 #include <cmath>
@@ -12,6 +10,7 @@
 #include <limits>
 #include <thread>
 
+#include "memory/vq_codebook.h"
 #include "memory_server/rocksdb_store.h"
 #include "memory_server/store_testing.h"
 
@@ -30,61 +29,6 @@ using testing::HasSubstr;
 constexpr absl::StatusCode kInvalid = absl::StatusCode::kInvalidArgument;
 constexpr absl::StatusCode kPrecondition = absl::StatusCode::kFailedPrecondition;
 constexpr absl::StatusCode kNotFound = absl::StatusCode::kNotFound;
-
-// A file system whose writes can be made to fail.
-class FaultyFileSystem : public rocksdb::FileSystemWrapper {
- public:
-  FaultyFileSystem() : FileSystemWrapper(rocksdb::FileSystem::Default()) {}
-  const char* Name() const override { return "FaultyFileSystem"; }
-  rocksdb::IOStatus NewWritableFile(const std::string& name, const rocksdb::FileOptions& options,
-                                    std::unique_ptr<rocksdb::FSWritableFile>* file,
-                                    rocksdb::IODebugContext* debug) override {
-    if (rocksdb::IOStatus s = Fault(); !s.ok()) return s;
-    rocksdb::IOStatus s = target()->NewWritableFile(name, options, file, debug);
-    if (s.ok()) *file = std::make_unique<File>(std::move(*file), this);
-    return s;
-  }
-
-  enum class Kind { kNone, kNoSpace, kError };
-  std::atomic<Kind> kind{Kind::kNone};
-
- private:
-  rocksdb::IOStatus Fault() const {
-    switch (kind.load()) {
-      case Kind::kNoSpace:
-        return rocksdb::IOStatus::NoSpace("injected: no space left on device");
-      case Kind::kError:
-        return rocksdb::IOStatus::IOError("injected: the disk fails");
-      case Kind::kNone:
-        break;
-    }
-    return rocksdb::IOStatus::OK();
-  }
-  class File : public rocksdb::FSWritableFileOwnerWrapper {
-   public:
-    File(std::unique_ptr<rocksdb::FSWritableFile> file, const FaultyFileSystem* fs)
-        : FSWritableFileOwnerWrapper(std::move(file)), fs_(fs) {}
-    rocksdb::IOStatus Append(const rocksdb::Slice& data, const rocksdb::IOOptions& options,
-                             rocksdb::IODebugContext* debug) override {
-      if (rocksdb::IOStatus s = fs_->Fault(); !s.ok()) return s;
-      return FSWritableFileOwnerWrapper::Append(data, options, debug);
-    }
-    rocksdb::IOStatus Append(const rocksdb::Slice& data, const rocksdb::IOOptions& options,
-                             const rocksdb::DataVerificationInfo& info,
-                             rocksdb::IODebugContext* debug) override {
-      if (rocksdb::IOStatus s = fs_->Fault(); !s.ok()) return s;
-      return FSWritableFileOwnerWrapper::Append(data, options, info, debug);
-    }
-    rocksdb::IOStatus Sync(const rocksdb::IOOptions& options,
-                           rocksdb::IODebugContext* debug) override {
-      if (rocksdb::IOStatus s = fs_->Fault(); !s.ok()) return s;
-      return FSWritableFileOwnerWrapper::Sync(options, debug);
-    }
-
-   private:
-    const FaultyFileSystem* fs_;
-  };
-};
 
 class StoreTest : public testing::Test {
  protected:
@@ -233,6 +177,40 @@ TEST_F(StoreTest, RefusesBadQueriesAndNames) {
   EXPECT_TRUE(store_->CreateKnowledgeBase("default", SmallSpec("kb"), true).ok());
   EXPECT_CODE(store_->CreateKnowledgeBase("default", SmallSpec("kb", 9), true).status(),
               absl::StatusCode::kAlreadyExists, "another spec");
+}
+
+TEST_F(StoreTest, RefusesACodebookThatIsNone) {
+  VqCodebook codebook;
+  codebook.head_dim = 8;
+  codebook.coarse_bits = 1;
+  codebook.fine_bits = 1;
+  codebook.rotation.resize(64);
+  for (size_t i = 0; i < 8; ++i) codebook.rotation[9 * i] = 1;
+  codebook.coarse.resize(2 * 2 * 4);
+  codebook.fine.resize(8 * 2 * 1);
+  KnowledgeBaseSpec spec = SmallSpec("vq");
+  spec.codec = CodecId::kVq;
+  spec.geometry.head_dim = 8;
+  const std::string sound = *SerializeCodebook(codebook);
+  for (size_t at : {size_t{0}, sound.size() / 2, sound.size() - 1}) {
+    spec.codebook = sound;
+    spec.codebook[at] = static_cast<char>(spec.codebook[at] ^ 8);
+    EXPECT_CODE(store_->CreateKnowledgeBase("default", spec, false).status(), kInvalid, "codebook");
+  }
+  spec.codebook = sound.substr(0, sound.size() - 1);
+  EXPECT_CODE(store_->CreateKnowledgeBase("default", spec, false).status(), kInvalid, "codebook");
+  spec.codebook = sound;
+  spec.geometry.head_dim = 16;
+  EXPECT_CODE(store_->CreateKnowledgeBase("default", spec, false).status(), kInvalid, "codebook");
+  spec.geometry.head_dim = 8;
+  auto made = store_->CreateKnowledgeBase("default", spec, false);
+  ASSERT_TRUE(made.ok()) << made.status();
+  // 2 layers, 2 of keys and values, 1 head, 2 tokens; 1 byte of coarse bits, 1 of fine ones.
+  EXPECT_EQ(made->bytes_per_reference, kRecordHeaderBytes + 2 * 2 * 1 * 2 * 2);
+  Open();
+  EXPECT_EQ(store_->GetKnowledgeBase("default", "vq", true)->spec.codebook, sound);
+  EXPECT_EQ(store_->GetKnowledgeBase("default", "vq", false)->bytes_per_reference,
+            made->bytes_per_reference);
 }
 
 TEST_F(StoreTest, AliasesSwitchAndFollowTheirKnowledgeBase) {
@@ -467,54 +445,6 @@ TEST_F(StoreTest, IndexIsRebuiltWhenItDisagrees) {
     }
   }
 }
-
-class StoreFaultTest : public testing::TestWithParam<FaultyFileSystem::Kind> {};
-
-TEST_P(StoreFaultTest, WritesFailWithTheCauseReadersGoOnAndItRecovers) {
-  auto faulty = std::make_shared<FaultyFileSystem>();
-  std::unique_ptr<rocksdb::Env> env = rocksdb::NewCompositeEnv(faulty);
-  store_testing::TemporaryDirectory directory;
-  RocksDbStoreOptions options;
-  options.directory = directory.path() + "/store";
-  options.cache_bytes = 8 << 20;
-  options.write_buffer_bytes = 1 << 20;
-  options.env = env.get();
-  absl::StatusOr<std::unique_ptr<MemoryStore>> opened = OpenRocksDbStore(options);
-  ASSERT_TRUE(opened.ok()) << opened.status();
-  MemoryStore& store = **opened;
-  ASSERT_TRUE(store.CreateKnowledgeBase("default", SmallSpec("kb"), false).ok());
-  auto first = MakeEntry("first", 0, 1);
-  ASSERT_TRUE(store.Put("default", "kb", {&first->entry, 1}, true).ok());
-
-  faulty->kind = GetParam();
-  const bool full = GetParam() == FaultyFileSystem::Kind::kNoSpace;
-  auto second = MakeEntry("second", 0, 2);
-  absl::Status failed = store.Put("default", "kb", {&second->entry, 1}, true).status();
-  EXPECT_EQ(failed.code(),
-            full ? absl::StatusCode::kResourceExhausted : absl::StatusCode::kUnavailable)
-      << failed;
-  EXPECT_THAT(std::string(failed.message()), HasSubstr("injected"));
-  EXPECT_FALSE(store.Writable().ok());
-  EXPECT_FALSE(store.GetStatus().writable.ok());
-  // Readers go on (but for the moment in which a database is opened again).
-  if (full) {
-    auto read = store.GetRecord("default", "kb", MakeId(1), true);
-    ASSERT_TRUE(read.ok()) << read.status();
-    EXPECT_EQ(read->record.bytes, MakeRecord(1));
-  }
-
-  faulty->kind = FaultyFileSystem::Kind::kNone;
-  const absl::Time until = absl::Now() + absl::Seconds(30);
-  while (!store.Writable().ok() && absl::Now() < until) std::this_thread::yield();
-  ASSERT_TRUE(store.Writable().ok()) << store.Writable();
-  ASSERT_TRUE(store.Put("default", "kb", {&second->entry, 1}, true).ok());
-  EXPECT_TRUE(store.GetRecord("default", "kb", MakeId(1), false).ok());
-  EXPECT_EQ(*store.Count("default", "kb"), (Counts{2, 2, 2}));
-}
-
-INSTANTIATE_TEST_SUITE_P(Kinds, StoreFaultTest,
-                         testing::Values(FaultyFileSystem::Kind::kNoSpace,
-                                         FaultyFileSystem::Kind::kError));
 
 // Readers, writers and loaders at once. Each document's state is known to its writer; a reader must
 // find whole entries only, and document "always" at any time.
