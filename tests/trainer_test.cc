@@ -137,7 +137,7 @@ TEST_F(TrainerTest, ContinualTrainingGoesOnFromAWarmedUpModel) {
   ASSERT_EQ(Run(arguments), 0) << output_;
   EXPECT_THAT(Bytes(Path("memory/model/config.json")), HasSubstr("explicit_memory"));
   const std::string metrics = Bytes(Path("memory/metrics.jsonl"));
-  EXPECT_THAT(metrics, HasSubstr("\"copy_five_memories\""));
+  EXPECT_THAT(metrics, HasSubstr("\"match_copy_five_memories\""));
   EXPECT_THAT(metrics, HasSubstr("\"tokens_kept\":8"));
   ASSERT_EQ(Run({"evaluate", Path("shards"), "--references", Path("shards"), "--model",
                  Path("memory/model"), "--windows", "3", "--context", "129", "--threads", "1",
@@ -149,6 +149,68 @@ TEST_F(TrainerTest, ContinualTrainingGoesOnFromAWarmedUpModel) {
                  Path("warmup/model")}),
             0);
   EXPECT_THAT(output_, HasSubstr("explicit_memory"));
+}
+
+TEST_F(TrainerTest, FinetuningStopsAndGoesOnToTheSameBytesAndIsEvaluated) {
+  Prepare();
+  ASSERT_EQ(Run(Pretrain("warmup", "3")), 0) << output_;
+  ASSERT_EQ(Run({"pretrain", Path("shards"), "--stage", "continual", "--model",
+                 Path("warmup/model"), "--out", Path("memory"), "--steps", "2", "--batch", "2",
+                 "--context", "65", "--copy_every", "0", "--threads", "1"}),
+            0)
+      << output_;
+  std::ofstream questions(Path("questions.jsonl"));
+  for (int i = 0; i < 20; ++i) {
+    questions << R"({"question": "What is )" << i << R"(?", "answers": ["Name)" << i
+              << R"("], "answer_found": "Name)" << i << R"(", "title": "Entry )" << i
+              << R"(", "passage": "ab cd. It is the Name)" << i
+              << R"( and ef gh was here with Other)" << i << R"( too.", "doc_id": )" << i
+              << R"(, "n_title_words": 1})"
+              << "\n";
+  }
+  questions.close();
+  for (const char* const mode : {"memory", "text"}) {
+    const auto arguments = [&](const std::string& out, const std::string& stop) {
+      return std::vector<std::string>{"finetune",       Path("questions.jsonl"),
+                                      "--model",        Path("memory/model"),
+                                      "--mode",         mode,
+                                      "--out",          Path(out),
+                                      "--steps",        "8",
+                                      "--batch",        "4",
+                                      "--rehearse",     Path("shards"),
+                                      "--stop_after",   stop,
+                                      "--cloze",        "0.25",
+                                      "--clozes",       "10",
+                                      "--threads",      "1",
+                                      "--hold_out_ids", "10:3"};
+    };
+    const std::string whole = absl::StrCat("whole_", mode), pieces = absl::StrCat("pieces_", mode);
+    ASSERT_EQ(Run(arguments(whole, "0")), 0) << output_;
+    EXPECT_THAT(output_, HasSubstr("18 questions"));
+    ASSERT_EQ(Run(arguments(pieces, "3")), 0) << output_;
+    EXPECT_THAT(output_, HasSubstr("stopped at step 3"));
+    ASSERT_EQ(Run(arguments(pieces, "0")), 0) << output_;
+    EXPECT_TRUE(Bytes(Path(whole + "/model/model.safetensors")) ==
+                Bytes(Path(pieces + "/model/model.safetensors")));
+    EXPECT_THAT(Bytes(Path(whole + "/metrics.jsonl")), HasSubstr("loss_question"));
+  }
+  ASSERT_EQ(Run({"evaluate", "--questions", Path("questions.jsonl"), "--model",
+                 Path("whole_memory/model"), "--threads", "1", "--out", Path("qa.json")}),
+            0)
+      << output_;
+  for (const char* const mode : {"\"none\"", "\"memory\"", "\"text\""}) {
+    EXPECT_THAT(Bytes(Path("qa.json")), HasSubstr(mode));
+  }
+  EXPECT_NE(Run({"evaluate", "--questions", Path("questions.jsonl"), "--model",
+                 Path("whole_memory/model"), "--modes", "memory_vq"}),
+            0);
+  EXPECT_THAT(output_, HasSubstr("--codebook"));
+  EXPECT_NE(Run({"evaluate", "--model", Path("whole_memory/model")}), 0);
+  EXPECT_THAT(output_, HasSubstr("--questions"));
+  EXPECT_NE(
+      Run({"finetune", Path("text.jsonl"), "--model", Path("memory/model"), "--out", Path("z")}),
+      0);
+  EXPECT_THAT(output_, HasSubstr("text.jsonl:1"));
 }
 
 TEST_F(TrainerTest, BadInputIsRefusedByName) {

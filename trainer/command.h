@@ -26,6 +26,7 @@ using Commands = std::vector<Command>;
 void AddTokenizerCommand(CLI::App* app, Commands* commands);
 void AddPackCommand(CLI::App* app, Commands* commands);
 void AddPretrainCommand(CLI::App* app, Commands* commands);
+void AddFinetuneCommand(CLI::App* app, Commands* commands);
 void AddExportCommand(CLI::App* app, Commands* commands);
 void AddEvaluateCommand(CLI::App* app, Commands* commands);
 void AddPlotCommand(CLI::App* app, Commands* commands);

@@ -155,10 +155,12 @@ absl::StatusOr<TrainingBatch> ContinualBatches::Make(int64_t number) {
     batch.sequences.push_back(
         SequenceOf(*corpus_, windows.back(), options_.tokens, tokenizer_->bos_id()));
   }
+  windows.resize(std::lround(options_.retrieve * texts));
   absl::Status status = AttachReferences(*config_, *tokenizer_, *corpus_, *index_, windows,
                                          options_.retrieval, options_.seed, &batch);
   if (!status.ok()) return status;
-  kinds_.assign(texts, "text");
+  kinds_.assign(windows.size(), "text_with_references");
+  kinds_.resize(texts, "text");
   const int top = options_.level.At(step);
   for (int i = 0; i < copies; ++i) {
     const CopyLevel level =

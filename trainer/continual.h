@@ -73,8 +73,9 @@ class WarmupBatches : public BatchSource {
 
 struct ContinualOptions {
   int sequences = 8, tokens = 257;
-  int accumulate = 1;  // batches of a step
-  double copy = -1;    // part of the sequences that are copying exercises
+  int accumulate = 1;   // batches of a step
+  double copy = -1;     // part of the sequences that are copying exercises
+  double retrieve = 1;  // part of the others that read references
   StepSchedule kept, level;
   bool gradient_through_writing = true;
   RetrievalOptions retrieval;

@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "trainer/copy_evaluation.h"
+#include "trainer/copying_parameters.h"
 #include "trainer/sentencepiece_training.h"
 #include "transformer/training_step.h"
 
@@ -211,6 +212,71 @@ TEST_F(AttachTest, APieceOfTheSameDocumentSharesNoTokenWithTheWindow) {
     EXPECT_EQ(tokenizer_->DecodeQuery(piece).find("w1"), std::string::npos);
   }
   EXPECT_GT(pieces.size(), 5u);
+}
+
+TEST(RunExerciseTest, EveryTargetStandsInWhatIsRead) {
+  const ModelConfig config = TinyConfig(5000);
+  for (const CopyLevel level :
+       {CopyLevel::kContext, CopyLevel::kOneMemory, CopyLevel::kFiveMemories}) {
+    for (uint64_t seed = 0; seed < 10; ++seed) {
+      TrainingBatch batch;
+      batch.layout = TrainingBatch::Layout::kMemory;
+      for (int i = 0; i < 3; ++i) {
+        AddRunExercise(config, level, nullptr, 193, Random({seed, static_cast<uint64_t>(i)}),
+                       &batch);
+      }
+      ASSERT_TRUE(TrainingLayout::Create(config, batch).ok());
+      for (const TrainingSequence& s : batch.sequences) {
+        int targets = 0;
+        for (int i = 0; i < 192; ++i) {
+          if (s.targets[i] < 0) continue;
+          ++targets;
+          ASSERT_EQ(s.targets[i], s.token_ids[i + 1]);
+          // The token and the one before it follow each other somewhere that is read.
+          const std::vector<int32_t> pair = {s.token_ids[i], s.targets[i]};
+          bool found = false;
+          const auto look = [&](std::span<const int32_t> text) {
+            found = found ||
+                    std::search(text.begin(), text.end(), pair.begin(), pair.end()) != text.end();
+          };
+          if (level == CopyLevel::kContext) {
+            look(std::span(s.token_ids).first(i + 1));
+          } else {
+            // The next token's chunk is what its run was copied from.
+            for (const int r : s.chunk_references[i / 64]) look(batch.references[r]);
+          }
+          EXPECT_TRUE(found) << i;
+        }
+        EXPECT_GT(targets, 90);
+        for (const auto& reads : s.chunk_references) {
+          EXPECT_EQ(reads.size(), level == CopyLevel::kOneMemory ? 1u : 5u);
+        }
+      }
+      if (level == CopyLevel::kFiveMemories) {
+        EXPECT_LT(batch.references.size(), 3u * 3 * 5) << "references are shared";
+      }
+    }
+  }
+}
+
+TEST(CopyingParametersTest, CopyFromContextAndMemoriesBeforeAnyTraining) {
+  ModelConfig config = TinyConfig(1000);
+  config.hidden_size = 256;
+  config.heads = config.kv_heads = 8;
+  config.head_dim = 32;
+  config.rope_theta = 500000;
+  config.explicit_memory->memory_layers = {1};
+  auto device = MakeCpuDevice({.threads = 1}).value();
+  auto parameters = Parameters::Create(device.get(), config).value();
+  ASSERT_TRUE(parameters->Load(*CopyingParameters::Create(config, 1).value()).ok());
+  for (const CopyLevel level : {CopyLevel::kContext, CopyLevel::kOneMemory}) {
+    const auto match = CopyExactMatch(*parameters, level, 128, 30, 1);
+    ASSERT_TRUE(match.ok()) << match.status();
+    EXPECT_GT(*match, 0.5) << CopyLevelName(level);
+  }
+  config.kv_heads = 4;
+  EXPECT_THAT(std::string(CopyingParameters::Create(config, 1).status().message()),
+              HasSubstr("num_key_value_heads"));
 }
 
 TEST(CopyExactMatchTest, AFreshModelReadsNothing) {

@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
   memory3::AddTokenizerCommand(&app, &commands);
   memory3::AddPackCommand(&app, &commands);
   memory3::AddPretrainCommand(&app, &commands);
+  memory3::AddFinetuneCommand(&app, &commands);
   memory3::AddExportCommand(&app, &commands);
   memory3::AddEvaluateCommand(&app, &commands);
   memory3::AddPlotCommand(&app, &commands);

@@ -7,10 +7,12 @@
 #include "trainer/command.h"
 #include "trainer/continual.h"
 #include "trainer/copy_evaluation.h"
+#include "trainer/copying_parameters.h"
 #include "trainer/corpus.h"
 #include "trainer/progress.h"
 #include "trainer/reference_index.h"
 #include "trainer/run_checkpoint.h"
+#include "trainer/run_flags.h"
 #include "trainer/training_run.h"
 #include "transformer/checkpoint.h"
 #include "transformer/parameters.h"
@@ -20,15 +22,13 @@ namespace {
 
 using nlohmann::json;
 
-struct PretrainFlags {
-  std::string stage = "warmup", tokenizer, model, schedule = "cosine";
+struct PretrainFlags : RunFlags {
+  std::string stage = "warmup", tokenizer, model, initial = "random";
   std::vector<std::string> shards;
   DeviceFlags device;
   ModelConfig config;  // of a new model
-  bool untied = false, no_shuffle = false, recompute = false;
-  int context = 256, batch = 8;
-  uint64_t seed = 1;
-  RunOptions run;
+  bool untied = false, no_shuffle = false;
+  int context = 256;
 
   // Continual stage.
   std::string embedder = "lexical", kept = "128@0", level = "0@0";
@@ -40,7 +40,9 @@ struct PretrainFlags {
   int copy_exercises = 50;
 };
 
-void AddModelFlags(CLI::App* flags, ModelConfig* c, bool* untied) {
+void AddModelFlags(CLI::App* flags, PretrainFlags* f) {
+  ModelConfig* const c = &f->config;
+  bool* const untied = &f->untied;
   c->hidden_size = 256;
   c->intermediate_size = 704;
   c->layers = 6;
@@ -63,59 +65,18 @@ void AddModelFlags(CLI::App* flags, ModelConfig* c, bool* untied) {
       ->capture_default_str()
       ->group("New model");
   add("--max_positions", &c->max_position_embeddings, "max_position_embeddings");
+  flags
+      ->add_option("--initial", f->initial,
+                   "Weights to start from: random, or copying: with heads that copy in the context")
+      ->check(CLI::IsMember({"random", "copying"}))
+      ->capture_default_str()
+      ->group("New model");
   flags->add_flag("--untied", *untied, "An lm_head of its own")->group("New model");
 }
 
-void AddRunFlags(CLI::App* flags, PretrainFlags* f) {
-  RunOptions& r = f->run;
-  flags->add_option("--out", r.directory, "The run's directory; one with checkpoints is resumed")
-      ->required();
-  flags->add_option("--steps", r.schedule.steps)
-      ->check(CLI::Range(1, 1 << 30))
-      ->capture_default_str();
-  flags->add_option("--schedule", f->schedule)
-      ->check(CLI::IsMember({"cosine", "wsd"}))
-      ->capture_default_str();
-  flags->add_option("--learning_rate", r.schedule.peak)
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  flags->add_option("--final_learning_rate", r.schedule.floor)
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  flags->add_option("--warmup_steps", r.schedule.warmup)
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  flags->add_option("--decay_steps", r.schedule.decay, "wsd: the last steps, falling linearly")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  flags->add_option("--batch", f->batch, "Sequences of one pass")
-      ->check(CLI::Range(1, 65536))
-      ->capture_default_str();
-  flags->add_option("--accumulate", r.accumulate, "Passes of one update")
-      ->check(CLI::Range(1, 65536))
-      ->capture_default_str();
+void AddTextFlags(CLI::App* flags, PretrainFlags* f) {
   flags->add_option("--context", f->context, "Tokens of a sequence, <s> included")
       ->check(CLI::Range(2, 1 << 20))
-      ->capture_default_str();
-  flags->add_option("--weight_decay", r.weight_decay)
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  flags->add_option("--clip", r.clip, "Norm of the gradient; 0: no clipping")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  flags
-      ->add_option("--spike_deviations", r.spike_deviations,
-                   "Skips updates whose loss is this far above its running mean; 0: none")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  flags->add_option("--save_every", r.save_every, "Steps between checkpoints")
-      ->check(CLI::Range(1, 1 << 30))
-      ->capture_default_str();
-  flags->add_option("--keep", r.keep, "Checkpoints kept")
-      ->check(CLI::Range(1, 1000000))
-      ->capture_default_str();
-  flags->add_option("--stop_after", r.stop_after, "Stops after so many steps; 0: at the end")
-      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   flags
       ->add_option(
@@ -123,9 +84,7 @@ void AddRunFlags(CLI::App* flags, PretrainFlags* f) {
           "Part of the sequences that are copying exercises; default: 0.3 in the continual "
           "stage, else 0")
       ->check(CLI::Range(0.0, 1.0));
-  flags->add_option("--seed", f->seed)->capture_default_str();
   flags->add_flag("--no_shuffle", f->no_shuffle, "Windows in the shards' order");
-  flags->add_flag("--recompute", f->recompute, "Recomputes activations in backward: less memory");
 }
 
 void AddContinualFlags(CLI::App* flags, PretrainFlags* f) {
@@ -143,6 +102,11 @@ void AddContinualFlags(CLI::App* flags, PretrainFlags* f) {
   group(flags->add_option("--copy_level", f->level,
                           "Copying exercises up to: 0 in the context, 1 one memory, 2 a chunk's "
                           "worth of memories; VALUE@STEP,…"));
+  group(flags
+            ->add_option("--retrieve", f->continual.retrieve,
+                         "Part of the sequences of text that read references; the rest is ordinary "
+                         "language modelling")
+            ->check(CLI::Range(0.0, 1.0)));
   group(flags
             ->add_option("--same_document", f->continual.retrieval.same_document,
                          "Probability that a chunk's reference is another piece of its document")
@@ -163,20 +127,6 @@ void AddContinualFlags(CLI::App* flags, PretrainFlags* f) {
             ->check(CLI::Range(1, 100000)));
 }
 
-// Batches with activations recomputed.
-class Recomputed : public BatchSource {
- public:
-  explicit Recomputed(BatchSource* source) : source_(source) {}
-  absl::StatusOr<TrainingBatch> Make(int64_t number) override {
-    absl::StatusOr<TrainingBatch> batch = source_->Make(number);
-    if (batch.ok()) batch->recompute_activations = true;
-    return batch;
-  }
-
- private:
-  BatchSource* source_;
-};
-
 absl::StatusOr<ModelConfig> NewModel(const PretrainFlags& f, const Tokenizer& tokenizer) {
   ModelConfig c = f.config;
   if (c.hidden_size % c.heads != 0) {
@@ -189,12 +139,6 @@ absl::StatusOr<ModelConfig> NewModel(const PretrainFlags& f, const Tokenizer& to
   if (tokenizer.eos_id() >= 0) c.eos_token_ids = {tokenizer.eos_id()};
   c.tie_word_embeddings = !f.untied;
   return c;
-}
-
-absl::Status SaveModelOnce(const Parameters& parameters, const std::string& directory,
-                           const std::string& tokenizer) {
-  const absl::Status status = parameters.Save(directory, DType::kF32, tokenizer);
-  return absl::IsAlreadyExists(status) ? absl::OkStatus() : status;
 }
 
 // What continual training has beyond warm-up.
@@ -223,6 +167,7 @@ struct ContinualStage {
                                    {"references", f.references.most},
                                    {"tokens_kept", f.kept},
                                    {"copy_level", f.level},
+                                   {"retrieve", f.continual.retrieve},
                                    {"same_document", f.continual.retrieval.same_document},
                                    {"overlap_limit", f.continual.retrieval.overlap_limit},
                                    {"stop_writing_gradient", f.stop_writing_gradient}};
@@ -240,6 +185,15 @@ struct ContinualStage {
     return absl::OkStatus();
   }
 };
+
+absl::Status LoadInitial(const PretrainFlags& f, const ModelConfig& config,
+                         const Checkpoint* checkpoint, Parameters* parameters) {
+  if (checkpoint != nullptr) return parameters->Load(*checkpoint);
+  if (f.initial == "random") return parameters->Load(InitialParameters(f.seed, config.layers));
+  auto copying = CopyingParameters::Create(config, f.seed);
+  if (!copying.ok()) return copying.status();
+  return parameters->Load(**copying);
+}
 
 absl::Status RunPretrain(PretrainFlags& f) {
   StopOnSignals();
@@ -289,17 +243,18 @@ absl::Status RunPretrain(PretrainFlags& f) {
   if (!device.ok()) return device.status();
   auto parameters = Parameters::Create(device->get(), *config);
   if (!parameters.ok()) return parameters.status();
-  const InitialParameters fresh(f.seed, config->layers);
-  const TensorSource& source = initial ? static_cast<const TensorSource&>(*initial)
-                                       : static_cast<const TensorSource&>(fresh);
-  if (absl::Status status = (*parameters)->Load(source); !status.ok()) return status;
+  if (absl::Status status = LoadInitial(f, *config, initial.get(), parameters->get());
+      !status.ok()) {
+    return status;
+  }
 
-  f.run.schedule.kind = f.schedule == "wsd" ? Schedule::Kind::kWsd : Schedule::Kind::kCosine;
+  f.Apply();
   f.run.settings = {{"stage", f.stage},
                     {"model", json::parse(ModelConfigToJson(*config))},
                     {"tokenizer", (*tokenizer)->file_hash().ToHex()},
                     {"data", (*corpus)->digest()},
                     {"seed", f.seed},
+                    {"initial", f.model.empty() ? f.initial : "model"},
                     {"shuffle", !f.no_shuffle},
                     {"context", f.context},
                     {"batch", f.batch},
@@ -393,9 +348,10 @@ void AddPretrainCommand(CLI::App* app, Commands* commands) {
   flags->add_option("--model", f->model, "Model directory to start from; none: a new model");
   flags->add_option("--tokenizer", f->tokenizer,
                     "Directory of the tokenizer; default: the model's");
-  AddRunFlags(flags, f.get());
+  f->AddTo(flags);
+  AddTextFlags(flags, f.get());
   AddContinualFlags(flags, f.get());
-  AddModelFlags(flags, &f->config, &f->untied);
+  AddModelFlags(flags, f.get());
   f->device.AddTo(flags);
   commands->push_back({flags, [f] { return RunPretrain(*f); }});
 }

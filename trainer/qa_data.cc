@@ -1,0 +1,332 @@
+#include "trainer/qa_data.h"
+
+#include <dnnl.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "trainer/compressed_file.h"
+#include "trainer/qa_metrics.h"
+#include "trainer/random.h"
+#include "transformer/json.h"
+
+namespace memory3 {
+namespace {
+
+using nlohmann::json;
+
+constexpr size_t kMostFileBytes = size_t{1} << 30;
+constexpr int kTextsAtOnce = 512;
+
+absl::StatusOr<std::string> ReadWhole(const std::string& path) {
+  absl::StatusOr<std::unique_ptr<CompressedFile>> file = CompressedFile::Open(path);
+  if (!file.ok()) return file.status();
+  std::string text;
+  std::vector<char> buffer(size_t{1} << 20);
+  while (true) {
+    absl::StatusOr<size_t> n = (*file)->Read(buffer);
+    if (!n.ok()) return n.status();
+    if (*n == 0) return text;
+    text.append(buffer.data(), *n);
+    if (text.size() > kMostFileBytes) {
+      return absl::ResourceExhaustedError(absl::StrCat(path, ": more than 1 GiB of questions"));
+    }
+  }
+}
+
+absl::Status ReadString(const json& line, const char* field, const std::string& place,
+                        std::string* out) {
+  const auto found = line.find(field);
+  if (found == line.end() || !found->is_string() || found->get<std::string>().empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(place, ": field \"", field, "\" is no text"));
+  }
+  *out = found->get<std::string>();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Question> ParseQuestion(std::string_view text, const std::string& place) {
+  absl::StatusOr<json> line = ParseJson(text, place);
+  if (!line.ok()) return line.status();
+  if (!line->is_object()) return absl::InvalidArgumentError(absl::StrCat(place, ": no object"));
+  Question q;
+  for (const auto& [field, out] :
+       {std::pair{"question", &q.question}, std::pair{"answer_found", &q.answer},
+        std::pair{"title", &q.title}, std::pair{"passage", &q.passage}}) {
+    if (absl::Status status = ReadString(*line, field, place, out); !status.ok()) return status;
+  }
+  const auto answers = line->find("answers");
+  if (answers == line->end() || !answers->is_array()) {
+    return absl::InvalidArgumentError(absl::StrCat(place, ": field \"answers\" is no list"));
+  }
+  for (const json& answer : *answers) {
+    if (!answer.is_string()) {
+      return absl::InvalidArgumentError(absl::StrCat(place, ": field \"answers\" holds no text"));
+    }
+    q.answers.push_back(answer.get<std::string>());
+  }
+  if (std::find(q.answers.begin(), q.answers.end(), q.answer) == q.answers.end()) {
+    q.answers.push_back(q.answer);
+  }
+  for (const char* field : {"doc_id", "n_title_words"}) {
+    const auto found = line->find(field);
+    if (found == line->end() || !found->is_number_integer()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(place, ": field \"", field, "\" is no whole number"));
+    }
+  }
+  q.document = (*line)["doc_id"].get<int64_t>();
+  q.title_words = (*line)["n_title_words"].get<int>();
+  return q;
+}
+
+// Whether `words` stand in a row in `text`.
+bool HasWords(const std::vector<std::string>& text, const std::vector<std::string>& words) {
+  return !words.empty() &&
+         std::search(text.begin(), text.end(), words.begin(), words.end()) != text.end();
+}
+
+struct Word {
+  size_t begin = 0, end = 0;
+};
+
+// Words of a text, without the marks around them.
+std::vector<Word> WordsOf(std::string_view text) {
+  const auto is_mark = [](char c) {
+    return std::string_view(".,;:()\"'!?[]").find(c) != std::string_view::npos;
+  };
+  std::vector<Word> words;
+  for (size_t i = 0; i < text.size();) {
+    while (i < text.size() && absl::ascii_isspace(text[i])) ++i;
+    size_t end = i;
+    while (end < text.size() && !absl::ascii_isspace(text[end])) ++end;
+    Word w = {i, end};
+    while (w.begin < w.end && is_mark(text[w.begin])) ++w.begin;
+    while (w.end > w.begin && is_mark(text[w.end - 1])) --w.end;
+    if (w.end > w.begin) words.push_back(w);
+    i = end;
+  }
+  return words;
+}
+
+bool IsName(std::string_view word) {
+  return absl::ascii_isupper(word[0]) || absl::ascii_isdigit(word[0]);
+}
+
+// One cloze of a reference; an empty prompt where a try finds none.
+struct Cloze {
+  std::string question, answer;
+};
+Cloze TryCloze(const CutReference& reference, Random* random) {
+  constexpr int kContext = 9;         // words on each side
+  constexpr size_t kLongestName = 4;  // words
+  const std::string& text = reference.text;
+  const size_t body = text.size() - (reference.end - reference.begin);
+  const std::vector<Word> words = WordsOf(text);
+  const auto word = [&](size_t i) {
+    return std::string_view(text).substr(words[i].begin, words[i].end - words[i].begin);
+  };
+  if (words.size() < 12) return {};
+  size_t first = random->Below(words.size());
+  if (words[first].begin < body || !IsName(word(first))) return {};
+  // A sentence's first word is a capital for another reason.
+  if (first > 0 && text[words[first].begin - 2] == '.') return {};
+  size_t last = first;
+  // Names run on over single spaces.
+  const auto joined = [&](size_t i) {
+    return words[i].end + 1 == words[i + 1].begin && text[words[i].end] == ' ';
+  };
+  while (last + 1 < words.size() && last - first + 1 < kLongestName && joined(last) &&
+         IsName(word(last + 1))) {
+    ++last;
+  }
+  while (first > 0 && words[first - 1].begin >= body && last - first + 1 < kLongestName &&
+         joined(first - 1) && IsName(word(first - 1))) {
+    --first;
+  }
+  Cloze cloze;
+  cloze.answer = text.substr(words[first].begin, words[last].end - words[first].begin);
+  if (text.find(cloze.answer) != words[first].begin ||
+      text.find(cloze.answer, words[last].end) != std::string::npos) {
+    return {};
+  }
+  const double drop = 0.6 * random->Unit();
+  const size_t begin = first > kContext ? first - kContext : 0;
+  const size_t end = std::min(words.size(), last + 1 + kContext);
+  std::vector<std::string> asked;
+  for (size_t i = begin; i < end; ++i) {
+    if (words[i].begin < body) continue;
+    if (i == first) asked.emplace_back("what");
+    if (i >= first && i <= last) continue;
+    if (random->Unit() >= drop) asked.emplace_back(word(i));
+  }
+  if (asked.size() < 4) return {};
+  // Often with the title, as questions name what they are about.
+  std::string title = text.substr(0, body == 0 ? 0 : body - 1);
+  if (!title.empty() && random->Below(2) == 0) asked.insert(asked.begin(), title + ":");
+  cloze.question = absl::StrJoin(asked, " ") + "?";
+  return cloze;
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<Question>> LoadQuestions(const std::string& path,
+                                                    const HoldOut& hold_out) {
+  absl::StatusOr<std::string> text = ReadWhole(path);
+  if (!text.ok()) return text.status();
+  std::vector<Question> questions;
+  int64_t number = 0;
+  for (const absl::string_view line : absl::StrSplit(*text, '\n')) {
+    ++number;
+    if (absl::StripAsciiWhitespace(line).empty()) continue;
+    absl::StatusOr<Question> question =
+        ParseQuestion(std::string_view(line.data(), line.size()), absl::StrCat(path, ":", number));
+    if (!question.ok()) return question.status();
+    Document document;
+    document.id = absl::StrCat(question->document);
+    document.title = question->title;
+    if (!hold_out.Contains(document)) questions.push_back(*std::move(question));
+  }
+  if (questions.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": holds no question to use"));
+  }
+  return questions;
+}
+
+int QaStore::Add(CutReference reference) {
+  const auto [it, inserted] = index_.try_emplace(reference.text, size());
+  if (inserted) references_.push_back(std::move(reference));
+  return it->second;
+}
+
+absl::Status QaStore::Embed() {
+  const size_t dimension = embedder_->dimension();
+  size_t at = vectors_.size() / dimension;
+  vectors_.resize(references_.size() * dimension);
+  while (at < references_.size()) {
+    const size_t n = std::min<size_t>(kTextsAtOnce, references_.size() - at);
+    std::vector<std::string_view> texts;
+    for (size_t i = at; i < at + n; ++i) texts.push_back(references_[i].text);
+    absl::Status status =
+        embedder_->Embed(texts, std::span(vectors_).subspan(at * dimension, n * dimension));
+    if (!status.ok()) return status;
+    at += n;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<std::vector<int>>> QaStore::Search(
+    const std::vector<std::string>& queries, int k) const {
+  const int64_t dimension = embedder_->dimension(), n = size();
+  std::vector<std::vector<int>> found;
+  std::vector<int> order(n);
+  for (size_t at = 0; at < queries.size(); at += kTextsAtOnce) {
+    const size_t count = std::min<size_t>(kTextsAtOnce, queries.size() - at);
+    std::vector<float> vectors(count * dimension), scores(count * n);
+    const std::vector<std::string_view> views(queries.begin() + static_cast<int64_t>(at),
+                                              queries.begin() + static_cast<int64_t>(at + count));
+    if (absl::Status status = embedder_->Embed(views, vectors); !status.ok()) return status;
+    if (dnnl_sgemm('N', 'T', static_cast<dnnl_dim_t>(count), n, dimension, 1, vectors.data(),
+                   dimension, vectors_.data(), dimension, 0, scores.data(), n) != dnnl_success) {
+      return absl::InternalError("oneDNN: sgemm failed");
+    }
+    for (size_t q = 0; q < count; ++q) {
+      const float* row = scores.data() + q * n;
+      std::iota(order.begin(), order.end(), 0);
+      const int64_t best = std::min<int64_t>(k, n);
+      std::partial_sort(order.begin(), order.begin() + best, order.end(),
+                        [&](int a, int b) { return row[a] != row[b] ? row[a] > row[b] : a < b; });
+      found.emplace_back(order.begin(), order.begin() + best);
+    }
+  }
+  return found;
+}
+
+std::string QaPrompt(std::string_view question) {
+  return absl::StrCat("Question: ", std::string(question), "\nAnswer:");
+}
+
+std::vector<int32_t> EncodeAnswer(const Tokenizer& tokenizer, std::string_view answer) {
+  const bool own_space = tokenizer.leading_space() != LeadingSpace::kNone;
+  std::vector<int32_t> ids =
+      tokenizer.Encode(absl::StrCat(own_space ? "" : " ", std::string(answer)));
+  if (tokenizer.eos_id() >= 0) ids.push_back(tokenizer.eos_id());
+  return ids;
+}
+
+absl::Status FindOthers(const QaStore& store, const std::vector<std::string>& queries, int k,
+                        std::vector<QaExample>* examples) {
+  absl::StatusOr<std::vector<std::vector<int>>> found = store.Search(queries, k + 1);
+  if (!found.ok()) return found.status();
+  for (size_t i = 0; i < examples->size(); ++i) {
+    QaExample& example = (*examples)[i];
+    example.others.clear();
+    for (const int r : (*found)[i]) {
+      if (r != example.gold && static_cast<int>(example.others.size()) < k) {
+        example.others.push_back(r);
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<QaExample>> MakeQaExamples(const std::vector<Question>& questions,
+                                                      const Tokenizer& tokenizer,
+                                                      int reference_tokens, int others, bool skip,
+                                                      QaStore* store, QaExampleCounts* counts) {
+  std::vector<QaExample> examples;
+  std::vector<std::string> queries;
+  for (size_t q = 0; q < questions.size(); ++q) {
+    const Question& question = questions[q];
+    absl::StatusOr<std::vector<CutReference>> pieces =
+        CutReferences(question.title, question.passage, tokenizer, reference_tokens);
+    if (!pieces.ok()) return pieces.status();
+    const std::vector<std::string> words = AnswerWords(question.answer);
+    QaExample example;
+    example.question = static_cast<int>(q);
+    int first = -1;
+    for (CutReference& piece : *pieces) {
+      const bool has = HasWords(AnswerWords(piece.text), words);
+      const int index = store->Add(std::move(piece));
+      if (first < 0) first = index;
+      if (has && example.gold < 0) example.gold = index;
+    }
+    if (example.gold < 0) {
+      ++counts->without_answer;
+      if (skip || first < 0) continue;
+      example.gold = first;
+    }
+    example.prompt = tokenizer.Encode(QaPrompt(question.question));
+    example.answer = EncodeAnswer(tokenizer, question.answer);
+    queries.push_back(question.question);
+    examples.push_back(std::move(example));
+  }
+  if (examples.empty()) return absl::InvalidArgumentError("questions: none has an answer to read");
+  counts->examples = static_cast<int64_t>(examples.size());
+  absl::Status status = store->Embed();
+  if (status.ok()) status = FindOthers(*store, queries, others, &examples);
+  if (!status.ok()) return status;
+  return examples;
+}
+
+std::vector<QaExample> MakeClozeExamples(const QaStore& store, const Tokenizer& tokenizer, int n,
+                                         uint64_t seed) {
+  constexpr int kTries = 40;  // for each
+  std::vector<QaExample> examples;
+  for (int64_t i = 0; i < int64_t{n} * kTries && static_cast<int>(examples.size()) < n; ++i) {
+    Random random({seed, static_cast<uint64_t>(i), 0xc102e});
+    const int r = static_cast<int>(random.Below(store.size()));
+    const Cloze cloze = TryCloze(store.reference(r), &random);
+    if (cloze.question.empty()) continue;
+    QaExample& example = examples.emplace_back();
+    example.prompt = tokenizer.Encode(QaPrompt(cloze.question));
+    example.answer = EncodeAnswer(tokenizer, cloze.answer);
+    example.gold = r;
+  }
+  return examples;
+}
+
+}  // namespace memory3
