@@ -40,8 +40,11 @@ absl::StatusOr<std::vector<DeviceSlots::Pinned>> DeviceSlots::Pin(
       slot.memory = nullptr;
       pool_->Unload(oldest);
     }
-    if (absl::Status status = pool_->Load(oldest, memory->memory()); !status.ok())
-      return undo(std::move(status));
+    absl::Status loaded =
+        memory->codec() == nullptr
+            ? pool_->Load(oldest, memory->memory())
+            : pool_->LoadEncoded(oldest, memory->memory().shape, memory->codes(), *memory->codec());
+    if (!loaded.ok()) return undo(std::move(loaded));
     slot.memory = memory;
     where_[memory.get()] = oldest;
     pin(oldest, /*was_there=*/false);

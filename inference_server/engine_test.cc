@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "inference_server/testing/engine_fixture.h"
+#include "memory/vq_codec.h"
 
 namespace memory3 {
 namespace {
@@ -38,14 +39,14 @@ class EngineTest : public ::testing::Test {
     reader_.reset();
   }
 
-  void Start(DecoderOptions decoder = {}, EngineOptions options = {},
-             int64_t cache_bytes = 1 << 30) {
+  void Start(DecoderOptions decoder = {}, EngineOptions options = {}, int64_t cache_bytes = 1 << 30,
+             bool device_decodes_vq = false) {
     const ExplicitMemoryConfig& memory = *config_.explicit_memory;
     reader_ = std::make_unique<MemoryReader>(
         &embedder_, WriterOf("model"),
         MemoryShape{static_cast<int>(memory.memory_layers.size()), config_.kv_heads,
                     memory.tokens_kept, config_.head_dim},
-        MemoryReaderOptions{cache_bytes, 2});
+        MemoryReaderOptions{cache_bytes, 2, device_decodes_vq});
     options.model_name = "small";
     auto engine = Engine::Create(TestDecoder(model_, decoder), &tokenizer_, reader_.get(), options);
     ASSERT_TRUE(engine.ok()) << engine.status();
@@ -363,6 +364,48 @@ TEST_F(EngineTest, DamagedRecordsAndAnotherModelsAreNeverRead) {
   EXPECT_TRUE(foreign->provenance_[0].unavailable());
   EXPECT_EQ(foreign->provenance_[0].memories_size(), 0);
   EXPECT_EQ(foreign->tokens_, Offline(Request(request.prompt, 10, false)).tokens);
+}
+
+// On a device that decodes vq itself the host keeps the records' codes: the same output, less
+// cache, and damage is found before the codes go anywhere.
+TEST_F(EngineTest, MemoriesKeptEncodedAreReadAsDecodedOnes) {
+  VqCodebook book;
+  book.head_dim = config_.head_dim;
+  book.coarse_bits = 3;
+  book.fine_bits = 2;
+  book.rotation.assign(64, 0.0f);
+  for (int i = 0; i < 8; ++i) book.rotation[i * 8 + (i * 3 + 1) % 8] = 1;
+  for (int i = 0; i < 8 << 3; ++i) book.coarse.push_back(0.4f * static_cast<float>(i % 11 - 5));
+  for (int i = 0; i < 8 << 2; ++i) book.fine.push_back(0.1f * static_cast<float>(i % 7 - 3));
+  auto codec = VqCodec::Create(book, Sha256Of("a codebook"));
+  ASSERT_TRUE(codec.ok()) << codec.status();
+  const std::shared_ptr<const Codec> vq = *std::move(codec);
+  int64_t cache_bytes[2];
+  for (const bool encoded : {false, true}) {
+    SCOPED_TRACE(encoded);
+    engine_.reset();
+    base_ = std::make_shared<FakeBase>(memories_, config_.head_dim, "model", vq);
+    Start({.memory_slots = 2 * kTopK}, {}, 1 << 30, encoded);
+    for (int i = 0; i < 4; ++i) {
+      const EngineRequest request = Request(RandomIds(config_, 80, 60 + i), 10);
+      EXPECT_EQ(Run(request)->tokens_, Offline(request).tokens) << i;
+    }
+    cache_bytes[encoded] = reader_->stats().cache_bytes;
+  }
+  EXPECT_LT(cache_bytes[1] * 4, cache_bytes[0]);
+
+  for (const std::string_view writer : {"model", "another model"}) {
+    engine_.reset();
+    base_ = std::make_shared<FakeBase>(memories_, config_.head_dim, writer, vq);
+    Start({}, {}, 1 << 30, /*device_decodes_vq=*/true);
+    const EngineRequest request = Request(RandomIds(config_, 20, 24), 10);
+    const std::vector<int> found = base_->Find(tokenizer_.DecodeQuery(request.prompt), kTopK);
+    base_->Damage(found[1], 140);
+    const auto sink = Run(request);
+    ASSERT_EQ(sink->provenance_.size(), 2u);
+    EXPECT_TRUE(sink->provenance_[0].unavailable());
+    EXPECT_EQ(sink->provenance_[0].memories_size(), writer == "model" ? kTopK - 1 : 0);
+  }
 }
 
 TEST_F(EngineTest, StopsAtIdsAndStringsAfterTheMinimum) {

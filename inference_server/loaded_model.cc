@@ -201,7 +201,8 @@ absl::StatusOr<std::unique_ptr<LoadedModel>> LoadModel(const ModelOptions& optio
         model->embedder.get(), model->writer_fingerprint,
         MemoryShape{static_cast<int>(geometry.memory_layers.size()), config.kv_heads,
                     std::min(geometry.tokens_kept, geometry.reference_tokens), config.head_dim},
-        MemoryReaderOptions{.cache_bytes = static_cast<int64_t>(options.host_cache_bytes)});
+        MemoryReaderOptions{.cache_bytes = static_cast<int64_t>(options.host_cache_bytes),
+                            .device_decodes_vq = model->device->DecodesVectors(CodecId::kVq)});
   }
 
   absl::StatusOr<std::shared_ptr<const Model>> weights =

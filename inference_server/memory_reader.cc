@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "memory/vq_codec.h"
 
 namespace memory3 {
 namespace {
@@ -21,11 +22,34 @@ struct MemoryReader::Retrieval {
   int attempt = 0;
 };
 
-absl::Status HostMemory::Decode(const Hash256& writer_fingerprint, const MemoryShape& shape) {
+namespace {
+
+// A memory without values, its codes beside it.
+absl::StatusOr<ExplicitMemory> KeepCodes(std::string_view record, const Hash256& fingerprint,
+                                         const VqCodec& codec, std::string* codes) {
+  absl::StatusOr<RecordHeader> header = CheckRecord(record);
+  if (!header.ok()) return header.status();
+  if (absl::Status status = CheckRecordFits(*header, fingerprint, codec); !status.ok())
+    return status;
+  const std::string_view payload = RecordPayload(record);
+  absl::Status status =
+      codec.CheckCodes({reinterpret_cast<const uint8_t*>(payload.data()), payload.size()});
+  if (!status.ok()) return status;
+  *codes = payload;
+  return ExplicitMemory{header->shape, header->reference_tokens, {}};
+}
+
+}  // namespace
+
+absl::Status HostMemory::Decode(const Hash256& writer_fingerprint, const MemoryShape& shape,
+                                bool keep_codes) {
   const std::lock_guard lock(mutex_);
   if (decoded_) return status_;
   decoded_ = true;
-  absl::StatusOr<ExplicitMemory> memory = DecodeRecord(record_.bytes, writer_fingerprint, *codec_);
+  const auto* vq = keep_codes ? dynamic_cast<const VqCodec*>(codec_.get()) : nullptr;
+  absl::StatusOr<ExplicitMemory> memory =
+      vq != nullptr ? KeepCodes(record_.bytes, writer_fingerprint, *vq, &codes_)
+                    : DecodeRecord(record_.bytes, writer_fingerprint, *codec_);
   if (!memory.ok()) {
     status_ = absl::Status(memory.status().code(),
                            absl::StrCat("record ", id_.ToHex(), ": ", memory.status().message()));
@@ -39,7 +63,7 @@ absl::Status HostMemory::Decode(const Hash256& writer_fingerprint, const MemoryS
     memory_ = *std::move(memory);
   }
   record_ = {};
-  codec_ = nullptr;
+  if (vq == nullptr) codec_ = nullptr;
   return status_;
 }
 
@@ -128,7 +152,9 @@ void MemoryReader::Received(const std::shared_ptr<Retrieval>& retrieval,
           fresh.memory = std::make_shared<HostMemory>(hit.id, std::move(brought->second),
                                                       retrieval->base->codec());
           fresh.base = retrieval->base;
-          fresh.bytes = shape_.values() * static_cast<int64_t>(sizeof(float));
+          fresh.bytes = KeepsCodes(*retrieval->base->codec())
+                            ? static_cast<int64_t>(fresh.memory->record_.bytes.size())
+                            : shape_.values() * static_cast<int64_t>(sizeof(float));
           fresh.age = ages_.begin();
           stats_.cache_bytes += fresh.bytes;
           stats_.bytes_loaded += fresh.memory->record_.bytes.size();
@@ -161,7 +187,8 @@ void MemoryReader::Received(const std::shared_ptr<Retrieval>& retrieval,
       std::vector<ReadMemory> sound;
       for (ReadMemory& read : result.memories) {
         absl::Status status =
-            std::const_pointer_cast<HostMemory>(read.memory)->Decode(writer_fingerprint_, shape_);
+            std::const_pointer_cast<HostMemory>(read.memory)
+                ->Decode(writer_fingerprint_, shape_, KeepsCodes(*retrieval->base->codec()));
         if (status.ok()) {
           sound.push_back(std::move(read));
         } else {

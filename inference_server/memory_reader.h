@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,20 +31,26 @@
 
 namespace memory3 {
 
-// A memory in host memory. Its decoded values do not change once Decode has succeeded.
+// A memory in host memory: its values, or the codes of its record where the device decodes them.
+// Does not change once Decode has succeeded; the accessors are for then.
 class HostMemory {
  public:
   HostMemory(RecordId id, RecordBytes record, std::shared_ptr<const Codec> codec)
       : id_(id), record_(std::move(record)), codec_(std::move(codec)) {}
 
   const RecordId& id() const { return id_; }
-  // Only after a successful Decode.
+  // Without values where codec() is not null.
   const ExplicitMemory& memory() const { return memory_; }
+  // Null: decoded. Else of codes(), which fit the shape and have been checked.
+  const Codec* codec() const { return codec_.get(); }
+  std::span<const uint8_t> codes() const {
+    return {reinterpret_cast<const uint8_t*>(codes_.data()), codes_.size()};
+  }
 
  private:
   friend class MemoryReader;
   // Once; later calls answer what the first did. `shape`: the largest a slot holds.
-  absl::Status Decode(const Hash256& writer_fingerprint, const MemoryShape& shape);
+  absl::Status Decode(const Hash256& writer_fingerprint, const MemoryShape& shape, bool keep_codes);
 
   const RecordId id_;
   std::mutex mutex_;  // guards what follows until Decode has succeeded
@@ -51,6 +58,7 @@ class HostMemory {
   absl::Status status_;
   RecordBytes record_;  // until it is decoded
   std::shared_ptr<const Codec> codec_;
+  std::string codes_;
   ExplicitMemory memory_;
 };
 
@@ -74,8 +82,10 @@ struct ReadResult {
 };
 
 struct MemoryReaderOptions {
-  int64_t cache_bytes = int64_t{1} << 30;  // of decoded memories
+  int64_t cache_bytes = int64_t{1} << 30;  // of memories, decoded or not
   int threads = 2;                         // that embed and decode
+  // Memories in the vq codec stay encoded in the cache (Device::DecodesVectors).
+  bool device_decodes_vq = false;
 };
 
 struct MemoryReaderStats {
@@ -114,6 +124,9 @@ class MemoryReader {
   void Received(const std::shared_ptr<Retrieval>& retrieval, absl::StatusOr<SourceAnswer> answer);
   void Finish(Retrieval& retrieval, std::vector<ReadResult> results);
   void Drop(const Key& key);
+  bool KeepsCodes(const Codec& codec) const {
+    return options_.device_decodes_vq && codec.id() == CodecId::kVq;
+  }
   void Shrink();  // mutex_ is held
 
   const Embedder* const embedder_;

@@ -74,12 +74,18 @@ inline Hash256 WriterOf(std::string_view model) { return Sha256Of(model); }
 // Answers on a thread of its own, as a stream would; remembers what it has sent, as a server does.
 class FakeBase final : public MemoryBase {
  public:
+  // Default codec: f32.
   FakeBase(const std::vector<ExplicitMemory>& memories, int head_dim,
-           std::string_view writer = "model")
-      : MemoryBase("default", "kb", 3, MakeF32Codec(head_dim)), memories_(memories), worker_(1) {
-    for (size_t i = 0; i < memories.size(); ++i) {
-      auto record = EncodeRecord(memories[i], WriterOf(writer), *codec());
+           std::string_view writer = "model", std::shared_ptr<const Codec> codec = nullptr)
+      : MemoryBase("default", "kb", 3,
+                   codec != nullptr ? std::move(codec) : MakeF32Codec(head_dim)),
+        worker_(1) {
+    for (const ExplicitMemory& memory : memories) {
+      auto record = EncodeRecord(memory, WriterOf(writer), *this->codec());
       EXPECT_TRUE(record.ok()) << record.status();
+      auto decoded = DecodeRecord(*record, WriterOf(writer), *this->codec());
+      EXPECT_TRUE(decoded.ok()) << decoded.status();
+      memories_.push_back(*std::move(decoded));
       records_.push_back(std::make_shared<std::string>(*std::move(record)));
     }
   }
@@ -178,7 +184,7 @@ class FakeBase final : public MemoryBase {
     return answer;
   }
 
-  const std::vector<ExplicitMemory> memories_;
+  std::vector<ExplicitMemory> memories_;  // as the records hold them
   std::vector<std::shared_ptr<std::string>> records_;
   mutable std::mutex mutex_;  // guards what follows but the thread
   mutable std::condition_variable changed_;
