@@ -1,0 +1,45 @@
+// One question put to the inference server, its answer streamed, with what was read for it.
+//
+// Thread-safety: Ask from any thread, with a stub of its own or shared.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "cli/session.h"
+
+namespace memory3 {
+
+struct Question {
+  std::string text;
+  std::string knowledge_base;  // empty: none
+  bool memory = true;
+  // How a question becomes a prompt; {} stands for it.
+  std::string prompt = "Question: {}\nAnswer:";
+  int max_tokens = 64;
+  float temperature = 0;
+  std::vector<std::string> stop = {"\n"};
+};
+
+struct ReadSource {
+  v1::Source source;
+  float score = 0;
+};
+
+struct Answer {
+  std::string text;
+  std::vector<ReadSource> sources;  // of all chunks, each document's range once, by falling score
+  bool unavailable = false;         // a chunk went without: the memory server could not be reached
+  v1::Finish finish;
+};
+
+// `piece` is given the answer's text as it comes; `event` (may be null) every message as it is.
+absl::StatusOr<Answer> Ask(const Session& session, v1::InferenceService::Stub& stub,
+                           const Question& question,
+                           const std::function<void(std::string_view)>& piece,
+                           const std::function<void(const v1::GenerateResponse&)>& event = nullptr);
+
+}  // namespace memory3
