@@ -2,7 +2,9 @@
 
 #include <grpcpp/client_context.h>
 #include <grpcpp/create_channel.h>
+#include <grpcpp/impl/codegen/rpc_method.h>
 #include <grpcpp/support/channel_arguments.h>
+#include <grpcpp/support/sync_stream.h>
 
 #include <algorithm>
 #include <future>
@@ -11,14 +13,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-
+#include "memory_server/retrieve_wire.h"
 #include "serving/status.h"
 
 namespace memory3 {
 namespace {
 
-// The server takes pieces of at most so many bytes (memory.proto).
-constexpr int64_t kMaxPieceBytes = int64_t{1} << 20;
+constexpr const char* kRetrieveMethod = "/memory3.v1.MemoryService/Retrieve";
 
 std::unique_ptr<grpc::ClientContext> NewContext(std::string_view api_key) {
   auto context = std::make_unique<grpc::ClientContext>();
@@ -120,52 +121,81 @@ absl::StatusOr<RetrieveAnswer> RetrieveStream::Retrieve(v1::RetrieveRequest requ
   return answer.get_future().get();
 }
 
-absl::StatusOr<bool> RetrieveStream::Add(v1::RetrieveResponse& response, Pending& pending) {
-  for (v1::RetrieveResponse::RecordPiece& piece : *response.mutable_pieces()) {
-    const absl::StatusOr<RecordId> id = IdOf(piece.record_id());
-    if (!id.ok()) return id.status();
-    std::string& record = pending.partial[*id];
-    if (piece.offset() != record.size()) {
-      return Damaged(*id, absl::DataLossError(absl::StrCat("a piece begins at ", piece.offset(),
-                                                           ", not ", record.size())));
-    }
-    if (record.size() + piece.data().size() > kMaxRecordBytes) {
-      return Damaged(*id, absl::DataLossError("it is longer than any record"));
-    }
-    if (record.empty()) {
-      record = std::move(*piece.mutable_data());
-    } else {
-      record += piece.data();
+absl::StatusOr<bool> RetrieveStream::Add(v1::RetrieveResponse head, grpc::ByteBuffer* message,
+                                         Pending& pending) {
+  for (const v1::RetrieveResponse::QueryHits& query : head.queries()) {
+    for (const v1::RetrieveResponse::Hit& hit : query.hits()) {
+      const absl::StatusOr<RecordId> id = IdOf(hit.record_id());
+      if (!id.ok()) return id.status();
+      if (hit.record_bytes() > kMaxRecordBytes)
+        return Damaged(*id, absl::DataLossError("it is longer than any record"));
+      pending.sizes[*id] = hit.record_bytes();
     }
   }
-  response.clear_pieces();
-  if (response.error_code() != 0) {
-    return absl::Status(static_cast<absl::StatusCode>(response.error_code()),
-                        response.error_message());
-  }
-  const bool last = response.last();
-  pending.answer.hits.MergeFrom(response);  // only the first message has hits
-  if (!last) return false;
-  for (auto& [id, record] : pending.partial) {
-    const absl::StatusOr<RecordHeader> checked = CheckRecord(record);
+  std::vector<RecordId> touched;
+  absl::Status taken = TakeRetrievePieces(
+      message,
+      [&](const RecordId& id, uint64_t offset, uint64_t size) -> absl::StatusOr<std::string*> {
+        std::string& record = pending.partial[id];
+        const auto whole = pending.sizes.find(id);
+        if (whole == pending.sizes.end())
+          return Damaged(id, absl::DataLossError("it belongs to no hit"));
+        if (offset != record.size()) {
+          return Damaged(id, absl::DataLossError(absl::StrCat("a piece begins at ", offset,
+                                                              ", not ", record.size())));
+        }
+        if (size > whole->second - record.size())
+          return Damaged(id, absl::DataLossError("it is longer than its hit says"));
+        if (record.empty()) record.reserve(whole->second);
+        touched.push_back(id);
+        return &record;
+      });
+  if (!taken.ok()) return taken;
+  // Checked as soon as it is whole, while the processor's cache has it.
+  for (const RecordId& id : touched) {
+    const auto partial = pending.partial.find(id);
+    if (partial == pending.partial.end() || partial->second.size() != pending.sizes[id]) continue;
+    const absl::StatusOr<RecordHeader> checked = CheckRecord(partial->second);
     if (!checked.ok()) return Damaged(id, checked.status());
-    pending.answer.records[id] = std::make_shared<const std::string>(std::move(record));
+    pending.answer.records[id] = std::make_shared<const std::string>(std::move(partial->second));
+    pending.partial.erase(partial);
   }
-  return true;
+  if (head.error_code() != 0)
+    return absl::Status(static_cast<absl::StatusCode>(head.error_code()), head.error_message());
+  const bool last = head.last();
+  if (last && !pending.partial.empty()) {
+    const auto& [id, record] = *pending.partial.begin();
+    return Damaged(id, absl::DataLossError(absl::StrCat("the answer ended after ", record.size(),
+                                                        " of ", pending.sizes[id], " bytes")));
+  }
+  if (pending.answer.hits.queries().empty()) {  // only the first message has hits
+    pending.answer.hits = std::move(head);
+  } else {
+    pending.answer.hits.MergeFrom(head);
+  }
+  return last;
 }
 
 void RetrieveStream::Read() {
-  v1::RetrieveResponse response;
-  while (stream_->Read(&response)) {
+  grpc::ByteBuffer message;
+  absl::Status broken;
+  while (broken.ok() && stream_->Read(&message)) {
+    absl::StatusOr<v1::RetrieveResponse> head = ParseRetrieveHead(&message);
+    if (!head.ok()) {
+      broken = head.status();  // whose answer it is cannot be told
+      context_->TryCancel();
+      break;
+    }
+    const uint64_t id = head->request_id();
     Pending work;  // taken out: the map may grow, and so move, meanwhile
     {
       absl::MutexLock lock(&mutex_);
-      auto node = pending_.extract(response.request_id());
+      auto node = pending_.extract(id);
       if (node.empty()) continue;  // it failed before its last message; the rest is read past
       work = std::move(node.mapped());
     }
-    const uint64_t id = response.request_id();
-    absl::StatusOr<bool> complete = Add(response, work);
+    absl::StatusOr<bool> complete = Add(*std::move(head), &message, work);
+    message.Clear();
     if (!complete.ok()) {
       work.done(complete.status());
     } else if (*complete) {
@@ -176,6 +206,7 @@ void RetrieveStream::Read() {
     }
   }
   absl::Status ended = FromGrpc(stream_->Finish());
+  if (!broken.ok()) ended = broken;
   if (ended.ok()) ended = absl::UnavailableError("the server ended the Retrieve stream");
   absl::flat_hash_map<uint64_t, Pending> pending;
   {
@@ -201,8 +232,9 @@ absl::StatusOr<std::unique_ptr<MemoryClient>> MemoryClient::Create(MemoryClientO
     arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
     arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
     arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 5000);
-    client->stubs_.push_back(v1::MemoryService::NewStub(
-        grpc::CreateCustomChannel(client->options_.target, *credentials, arguments)));
+    client->channels_.push_back(
+        grpc::CreateCustomChannel(client->options_.target, *credentials, arguments));
+    client->stubs_.push_back(v1::MemoryService::NewStub(client->channels_.back()));
   }
   return client;
 }
@@ -278,7 +310,12 @@ std::unique_ptr<LoadWriter> MemoryClient::PutLoad(const std::string& load_id) {
 
 std::unique_ptr<RetrieveStream> MemoryClient::OpenRetrieve() {
   std::unique_ptr<RetrieveStream> stream(new RetrieveStream(options_.api_key));
-  stream->stream_ = NextStub().Retrieve(stream->context_.get());
+  // As the stub would, but for the answers' type.
+  const grpc::internal::RpcMethod method(kRetrieveMethod,
+                                         grpc::internal::RpcMethod::BIDI_STREAMING);
+  stream->stream_.reset(
+      grpc::internal::ClientReaderWriterFactory<v1::RetrieveRequest, grpc::ByteBuffer>::Create(
+          channels_[next_++ % channels_.size()].get(), method, stream->context_.get()));
   stream->reader_ = std::thread([s = stream.get()] { s->Read(); });
   return stream;
 }

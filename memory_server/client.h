@@ -113,14 +113,18 @@ class RetrieveStream {
 
   struct Pending {
     RetrieveAnswer answer;
-    absl::flat_hash_map<RecordId, std::string> partial;
+    absl::flat_hash_map<RecordId, uint64_t> sizes;       // of the hits' records
+    absl::flat_hash_map<RecordId, std::string> partial;  // not all here yet
     Callback done;
   };
-  // What `response` adds to the answer it belongs to. True: it is complete.
-  static absl::StatusOr<bool> Add(v1::RetrieveResponse& response, Pending& pending);
+  // What a message adds to the answer it belongs to; `head` is all of it but the pieces. True: the
+  // answer is complete.
+  static absl::StatusOr<bool> Add(v1::RetrieveResponse head, grpc::ByteBuffer* message,
+                                  Pending& pending);
 
   std::unique_ptr<grpc::ClientContext> context_;
-  std::unique_ptr<grpc::ClientReaderWriter<v1::RetrieveRequest, v1::RetrieveResponse>> stream_;
+  // Answers are parsed by retrieve_wire.h.
+  std::unique_ptr<grpc::ClientReaderWriter<v1::RetrieveRequest, grpc::ByteBuffer>> stream_;
   absl::Mutex write_mutex_;  // one writer at a time, and requests in the order of their numbers
   mutable absl::Mutex mutex_;
   absl::Status ended_ ABSL_GUARDED_BY(mutex_);
@@ -166,7 +170,8 @@ class MemoryClient {
   Stub& NextStub() { return *stubs_[next_++ % stubs_.size()]; }
 
   const MemoryClientOptions options_;
-  std::vector<std::unique_ptr<Stub>> stubs_;  // a channel each
+  std::vector<std::shared_ptr<grpc::Channel>> channels_;
+  std::vector<std::unique_ptr<Stub>> stubs_;  // one a channel
   std::atomic<size_t> next_ = 0;
 };
 

@@ -18,11 +18,10 @@
 namespace memory3 {
 namespace {
 
-// Of records in a message, unless a single piece is longer. Well below gRPC's default limit of 4
-// MiB, and short, so that the client checks what has come while the rest is on its way.
-constexpr int64_t kMessageBytes = kMaxPieceBytes / 2;
-// Records read from the store, and pinned, at a time.
-constexpr int64_t kReadAheadBytes = kMaxPieceBytes;
+// Of records in a message, and read from the store at a time, unless a single one is longer. Well
+// below gRPC's default limit of 4 MiB, and short, so that reading, the wire and the client's checks
+// go on at once.
+constexpr uint64_t kMessageBytes = kMaxPieceBytes / 2;
 // Versions a stream keeps readable.
 constexpr size_t kMaxPins = 64;
 
@@ -115,13 +114,24 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
   }
 
   void OnWriteDone(bool ok) override {
-    if (!ok) {
-      End(absl::CancelledError("the client went away"));
-    } else if (answer_.complete) {
-      EndAnswer();
-    } else {
-      streams_->executor_.Run([this] { ContinueAnswer(); });
+    enum { kNothing, kProduce, kEndAnswer, kEnd } then = kNothing;
+    {
+      absl::MutexLock lock(&mutex_);
+      writing_ = false;
+      if (!ok) {
+        broken_ = true;
+        if (!producing_) then = kEnd;  // else Produce does it: it must not outlive the stream
+      } else if (next_) {
+        WriteLocked(*std::exchange(next_, std::nullopt));
+        producing_ = !last_written_;
+        if (producing_) then = kProduce;
+      } else if (last_written_) {
+        then = kEndAnswer;
+      }
     }
+    if (then == kProduce) streams_->executor_.Run([this] { Produce(); });
+    if (then == kEndAnswer) EndAnswer();
+    if (then == kEnd) End(absl::CancelledError("the client went away"));
   }
 
   void OnDone() override {
@@ -135,19 +145,24 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
 
   // What remains to be sent of the answer under way.
   struct Answer {
-    v1::RetrieveResponse head;  // of the next message
+    uint64_t request_id = 0;
+    v1::RetrieveResponse head;  // of the next message, without its number
     std::shared_ptr<const RecordReader> records;
     std::vector<std::pair<RecordId, uint64_t>> to_read;  // id, bytes; in order
     size_t next_to_read = 0;
     std::vector<WirePiece> ready;  // read and cut, not sent
     size_t next_ready = 0;
-    bool complete = false;
     absl::Status status;
     absl::Time begun;
     uint64_t queries = 0, hits = 0, held_hits = 0, bytes = 0;
   };
 
   void BeginAnswer() {
+    {
+      absl::MutexLock lock(&mutex_);
+      producing_ = true;
+      last_written_ = false;
+    }
     answer_ = {};
     answer_.begun = absl::Now();
     v1::RetrieveRequest request;
@@ -158,11 +173,11 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
       End(absl::InvalidArgumentError("the message is no RetrieveRequest"));
       return;
     }
-    answer_.head.set_request_id(request.request_id());
+    answer_.request_id = request.request_id();
     if (!greeted_) answer_.head.set_held_limit(streams_->options_.held_limit);
     greeted_ = true;
     if (absl::Status status = Search(request); !status.ok()) FailAnswer(std::move(status));
-    ContinueAnswer();
+    Produce();
   }
 
   // The rest of the answer is an error; the stream goes on.
@@ -240,32 +255,65 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     }
   }
 
-  // Sends the next message: pieces as long as they fit, and the head before them.
-  void ContinueAnswer() {
+  // One message of an answer.
+  struct Message {
+    grpc::ByteBuffer bytes;
+    bool last = false;
+  };
+
+  // Makes the answer's messages, one ahead of that on the wire: OnWriteDone goes on where it
+  // leaves.
+  void Produce() {
+    bool broken = false;
+    for (bool more = true; more;) {
+      Message message = NextMessage();
+      absl::MutexLock lock(&mutex_);
+      more = !message.last && !broken_ && !writing_;
+      broken = broken_;
+      if (!more) producing_ = false;
+      if (broken) break;
+      if (writing_) {
+        next_ = std::move(message);
+      } else {
+        WriteLocked(std::move(message));
+      }
+    }
+    if (broken) End(absl::CancelledError("the client went away"));
+  }
+
+  // Its reaction cannot come before this thread leaves the mutex: gRPC runs it on one of its own
+  // threads, and there only when the reaction under way has returned.
+  void WriteLocked(Message message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    writing_ = true;
+    last_written_ = message.last;
+    outgoing_ = std::move(message.bytes);
+    StartWrite(&outgoing_);
+  }
+
+  // Pieces as long as they fit, and the head before them.
+  Message NextMessage() {
     std::vector<WirePiece> pieces;
-    int64_t bytes = 0;
+    uint64_t bytes = 0;
     for (;;) {
-      if (answer_.next_ready == answer_.ready.size() && !ReadMore()) break;
+      if (answer_.next_ready == answer_.ready.size() && (!pieces.empty() || !ReadMore())) break;
       WirePiece& piece = answer_.ready[answer_.next_ready];
-      const int64_t size = static_cast<int64_t>(piece.data.size());
-      if (!pieces.empty() && bytes + size > kMessageBytes) break;
-      bytes += size;
+      if (!pieces.empty() && bytes + piece.data.size() > kMessageBytes) break;
+      bytes += piece.data.size();
       pieces.push_back(std::move(piece));
       ++answer_.next_ready;
     }
-    if (!answer_.status.ok()) pieces.clear();
-    answer_.complete = answer_.next_ready == answer_.ready.size() &&
-                       answer_.next_to_read == answer_.to_read.size();
-    if (answer_.complete) {
+    Message message;
+    message.last = answer_.next_ready == answer_.ready.size() &&
+                   answer_.next_to_read == answer_.to_read.size();
+    answer_.head.set_request_id(answer_.request_id);
+    if (message.last) {
       answer_.head.set_last(true);
       *answer_.head.mutable_took() = ToProto(absl::Now() - answer_.begun);
     }
-    answer_.bytes += static_cast<uint64_t>(bytes);
-    outgoing_ = SerializeRetrieveResponse(answer_.head, pieces);
-    const uint64_t request_id = answer_.head.request_id();
+    answer_.bytes += bytes;
+    message.bytes = SerializeRetrieveResponse(answer_.head, pieces);
     answer_.head.Clear();
-    answer_.head.set_request_id(request_id);
-    StartWrite(&outgoing_);
+    return message;
   }
 
   // Reads the next records and cuts them into pieces. False: there are none, or reading failed.
@@ -273,11 +321,12 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     answer_.ready.clear();
     answer_.next_ready = 0;
     std::vector<RecordId> ids;
-    for (uint64_t bytes = 0;
-         answer_.next_to_read < answer_.to_read.size() && bytes < kReadAheadBytes;
+    for (uint64_t bytes = 0; answer_.next_to_read < answer_.to_read.size();
          ++answer_.next_to_read) {
-      ids.push_back(answer_.to_read[answer_.next_to_read].first);
-      bytes += answer_.to_read[answer_.next_to_read].second;
+      const auto& [id, size] = answer_.to_read[answer_.next_to_read];
+      if (!ids.empty() && bytes + size > kMessageBytes) break;
+      ids.push_back(id);
+      bytes += size;
     }
     if (ids.empty()) return false;
     const std::vector<absl::StatusOr<RecordView>> records = answer_.records->Read(ids);
@@ -334,7 +383,13 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
   bool greeted_ = false;
 
   absl::Mutex mutex_;
-  bool busy_ = false, draining_ = false, finished_ = false;  // written under mutex_
+  bool busy_ ABSL_GUARDED_BY(mutex_) = false;  // an answer is under way
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false, finished_ ABSL_GUARDED_BY(mutex_) = false;
+  // Of the answer under way: whether a thread makes messages, whether one is on the wire and was
+  // the last, and what waits behind it. After a write that failed, broken.
+  bool producing_ ABSL_GUARDED_BY(mutex_) = false, writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool last_written_ ABSL_GUARDED_BY(mutex_) = false, broken_ ABSL_GUARDED_BY(mutex_) = false;
+  std::optional<Message> next_ ABSL_GUARDED_BY(mutex_);
 };
 
 namespace {
