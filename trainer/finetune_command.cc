@@ -26,7 +26,7 @@ struct FinetuneFlags : RunFlags {
   std::vector<std::string> hold_out_titles, shards;
   DeviceFlags device;
   int clozes = 20000, retrieved = 1, rehearsal = 2, rehearsal_context = 129;
-  double cloze = 0.3;
+  double cloze = 0.3, rehearsal_copy = 0.5;
   int64_t references = 20000;
   bool stop_writing_gradient = false;
 };
@@ -58,7 +58,7 @@ struct Rehearsal {
     options.sequences = f.rehearsal;
     options.tokens = f.rehearsal_context;
     options.accumulate = f.run.accumulate;
-    options.copy = 0.5;
+    options.copy = f.rehearsal_copy;
     options.kept = kept;
     options.level = *level;
     options.gradient_through_writing = !f.stop_writing_gradient;
@@ -132,6 +132,7 @@ absl::Status RunFinetune(FinetuneFlags& f) {
                     {"cloze", f.cloze},
                     {"retrieved", f.retrieved},
                     {"rehearsal", rehearsal.batches ? f.rehearsal : 0},
+                    {"rehearsal_copy", f.rehearsal_copy},
                     {"rehearsal_context", f.rehearsal_context},
                     {"data", rehearsal.corpus ? rehearsal.corpus->digest() : ""},
                     {"tokens_kept", f.kept},
@@ -210,6 +211,13 @@ void AddFinetuneCommand(CLI::App* app, Commands* commands) {
                     "rehearsal");
   flags->add_option("--rehearsal", f->rehearsal, "Sequences of the rehearsal")
       ->check(CLI::Range(0, 65536))
+      ->capture_default_str();
+  flags
+      ->add_option(
+          "--rehearsal_copy", f->rehearsal_copy,
+          "Part of these that are copying exercises; few tokens kept cannot hold what they "
+          "ask for")
+      ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   flags->add_option("--rehearsal_context", f->rehearsal_context, "Tokens of these")
       ->check(CLI::Range(2, 1 << 20))
