@@ -22,14 +22,21 @@ int Main(int argc, char** argv) {
   ServingOptions serving = {.listen = "0.0.0.0:7070"};
   RetrieveOptionsOfServer retrieve;
   RocksDbStoreOptions store_options;
+  uint64_t cache_mb = store_options.cache_bytes >> 20;
+  uint64_t write_buffer_mb = store_options.write_buffer_bytes >> 20;
   CLI::App app("Durable store of explicit memories; answers retrieval. It never loads a model.");
   app.set_version_flag("--version", MEMORY3_VERSION);
   AddFlag(app, "data", store_options.directory, "Directory of the database")->required();
   AddFlag(app, "backup_root", store_options.backup_root,
           "Directory below which backups may be made; empty: none");
-  AddFlag(app, "accept_log_damage", store_options.accept_log_damage,
-          "Open although the write-ahead log is damaged, without what was acknowledged after the "
-          "damage");
+  AddSwitch(app, "accept_log_damage", store_options.accept_log_damage,
+            "Open although the write-ahead log is damaged, without what was acknowledged after the "
+            "damage");
+  AddFlag(app, "cache_mb", cache_mb, "MiB of records, texts and rows kept in memory")
+      ->check(CLI::Range(1, 1 << 20));
+  AddFlag(app, "write_buffer_mb", write_buffer_mb,
+          "MiB of a write buffer; records have up to four, embeddings three")
+      ->check(CLI::Range(1, 1 << 14));
   AddFlag(app, "held_limit", retrieve.held_limit,
           "Records remembered per Retrieve stream as held by its client")
       ->check(CLI::Range(1, 100'000'000));
@@ -40,6 +47,8 @@ int Main(int argc, char** argv) {
   AddServingFlags(app, serving);
   int exit_code = 0;
   if (!ParseFlags(app, argc, argv, exit_code)) return exit_code;
+  store_options.cache_bytes = cache_mb << 20;
+  store_options.write_buffer_bytes = write_buffer_mb << 20;
   spdlog::set_level(spdlog::level::from_str(serving.log_level));
 
   absl::StatusOr<std::unique_ptr<MemoryStore>> store = OpenRocksDbStore(store_options);

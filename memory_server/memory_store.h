@@ -78,6 +78,7 @@ struct VersionInfo {
   uint64_t records = 0;
   absl::Time published_at;
   uint32_t pins = 0;
+  uint32_t layers = 0;  // parts its entries are spread over; a look-up may have to ask each
 };
 
 struct Source {

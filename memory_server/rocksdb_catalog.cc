@@ -68,7 +68,8 @@ absl::Status RocksDbCore::DeleteKnowledgeBase(std::string_view tenant, std::stri
     batch.Delete(db_->family(kMetadata), "K" + key);
     batch.Delete(db_->family(kMetadata), "B" + kb->prefix);
     if (absl::Status s = WriteSynced(&batch); !s.ok()) return s;
-    for (const std::string& row : files) RemoveIndexFile(row);
+    // Their rows are gone, so no version keeps a file.
+    for (const std::string& row : files) RemoveIndexFile(*kb, row);
 
     std::unique_lock lock(catalog_mu_);
     kbs_.erase(key);
@@ -161,7 +162,7 @@ absl::StatusOr<std::vector<VersionInfo>> RocksDbCore::ListVersions(std::string_v
   for (const auto& [number, v] : (*found)->versions) {
     std::lock_guard version_lock(v->mu);
     all.push_back({number, number == (*found)->published, v->counts.entries, v->counts.records,
-                   v->published_at, v->pins.load()});
+                   v->published_at, v->pins.load(), static_cast<uint32_t>(v->stack->size())});
   }
   return all;
 }
@@ -296,7 +297,7 @@ absl::Status RocksDbCore::DropVersion(std::string_view tenant, std::string_view 
     const std::string file = IndexRow(k, version);
     DropVersionRows(v, others, &batch, &garbage);
     if (absl::Status s = WriteSynced(&batch); !s.ok()) return s;
-    RemoveIndexFile(file);
+    RemoveIndexFile(k, file);
     std::unique_lock lock(catalog_mu_);
     k.versions.erase(version);
     v->dropped = true;
@@ -340,7 +341,8 @@ RocksDbCore::CollectableSegments() {
   std::vector<std::pair<std::shared_ptr<KnowledgeBase>, std::shared_ptr<Segment>>> ready;
   for (const auto& g : garbage_) {
     const uint64_t id = g.second->id;
-    bool held = std::any_of(zombies_.begin(), zombies_.end(),
+    bool held = Holds(merging_, id) ||
+                std::any_of(zombies_.begin(), zombies_.end(),
                             [&](const auto& v) { return Holds(*v->GetStack(), id); });
     for (const auto& [key, load] : loads_) {
       std::lock_guard l(load->mu);

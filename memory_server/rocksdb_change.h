@@ -31,6 +31,8 @@ struct Reference {
 // `rest`: a key without tenant and record id. False: malformed.
 bool ParseReference(std::string_view rest, Reference* reference);
 
+// The metadata row of a version that shares the index file of version `version`'s `row`.
+std::string SharedIndexRow(std::string_view row, uint64_t version);
 std::string RecordKey(const KnowledgeBase& kb, const RecordId& id);
 std::string EmbeddingKey(const KnowledgeBase& kb, const RecordId& id, uint64_t hash);
 

@@ -465,6 +465,7 @@ absl::StatusOr<KnowledgeBaseInfo> RocksDbCore::CreateKnowledgeBase(std::string_v
   absl::StatusOr<std::shared_ptr<const BaseIndex>> base = BaseIndex::Build(std::move(empty));
   if (!base.ok()) return base.status();
   v->index = std::make_shared<VersionIndex>(*base);
+  v->index_row = "";
   PutKnowledgeBaseRow(*kb, 1, 2, &batch);
   PutVersionRow(*v, *v->stack, v->published_at, &batch);
   PutCountsRow(*v, v->counts, 0, &batch);

@@ -54,6 +54,9 @@ struct Version {
   uint64_t sequence = 0;  // of changes
   absl::Time published_at;
   std::shared_ptr<VersionIndex> index;  // null: not in memory
+  // The metadata row that names the file of the index's base; empty: the base is empty and has
+  // none; nullopt: it is not saved.
+  std::optional<std::string> index_row;
 
   std::shared_ptr<const Stack> GetStack() const {
     std::lock_guard lock(mu);
@@ -91,7 +94,9 @@ struct KnowledgeBase {
 struct Load {
   std::shared_ptr<KnowledgeBase> kb;
   std::shared_ptr<Segment> segment;
-  std::vector<uint64_t> below;  // segments that were under the live version when it began (APPEND)
+  // Segments that were under the live version when it began (APPEND), or came of merging such;
+  // written under the store's write lock.
+  std::vector<uint64_t> below;
   std::atomic<bool> cancelled{false};
 
   mutable std::mutex mu;
@@ -279,12 +284,26 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
   void CommitLoop();
   absl::Status CommitOne(const std::shared_ptr<Load>& load);
   void FailLoad(const std::shared_ptr<Load>& load, const absl::Status& why);
+  // Above how many segments of the live version the load's goes.
+  static size_t InsertionPoint(const Load& load, const Stack& live);
   Stack PlannedStack(const Load& load, const Stack& live) const;
-  absl::StatusOr<bool> PublishLoad(const std::shared_ptr<Load>& load, const Stack& planned,
-                                   uint64_t number, Counts counts,
-                                   const std::shared_ptr<const BaseIndex>& base,
-                                   const std::string& index_row, bool must);
-  // What the segments that `after` has on top of `before` change.
+  // What a commit is about to publish.
+  struct Planned {
+    Stack stack;
+    uint64_t number = 0;
+    Counts counts;
+    std::shared_ptr<VersionIndex> index;
+    std::string index_row;
+    // Set where the index shares the base of this version's, and its file.
+    std::shared_ptr<Version> shares;
+    std::string shared_row;  // the row it had then
+  };
+  absl::Status PlanFromScratch(const std::shared_ptr<Load>& load, const BaseIndex* previous,
+                               const std::shared_ptr<Database::Snapshot>& snapshot,
+                               Planned* planned);
+  absl::StatusOr<bool> PublishLoad(const std::shared_ptr<Load>& load, const Planned& planned,
+                                   bool must);
+  // What lies between two stacks that differ by the segments `between`.
   struct Delta {
     std::vector<RecordId> records;  // whose visible entries may differ
     size_t touched = 0;             // documents looked at
@@ -292,10 +311,33 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
     int64_t documents = 0;
   };
   absl::StatusOr<Delta> DeltaOf(const KnowledgeBase& kb, const Stack& before, const Stack& after,
+                                std::span<const std::shared_ptr<Segment>> between,
                                 const rocksdb::Snapshot* snapshot) const;
   absl::Status Resync(const KnowledgeBase& kb, const Stack& stack,
                       std::span<const RecordId> records, const rocksdb::Snapshot* snapshot,
                       VersionIndex* index) const;
+
+  // --- merging (rocksdb_merge.cc); in the thread of the commits ---
+  struct Merge {
+    std::shared_ptr<KnowledgeBase> kb;
+    Stack run;
+    std::shared_ptr<Segment> into;
+    // Nothing stands below or can come to: tombstones hide nothing.
+    bool bottom = false;
+  };
+  void MergeAll();
+  // Merges until the version has at most so many frozen segments or nothing is left to merge.
+  // `yield`: gives up when a commit waits.
+  absl::Status MergeDownTo(const std::shared_ptr<KnowledgeBase>& kb, size_t frozen, bool yield);
+  absl::StatusOr<std::optional<Merge>> PlanMerge(const std::shared_ptr<KnowledgeBase>& kb,
+                                                 size_t frozen);
+  absl::StatusOr<size_t> CountSegment(const KnowledgeBase& kb, Segment* segment,
+                                      size_t limit) const;
+  // Where open APPEND loads go into the live version's segments. write_mu_ held.
+  std::vector<size_t> InsertionPoints(const KnowledgeBase& kb, const Stack& live) const;
+  absl::StatusOr<bool> CopyRun(const Merge& merge, bool yield);
+  absl::StatusOr<bool> PublishMerge(const Merge& merge);
+  void AbandonMerge(const Merge& merge);
 
   // --- index (rocksdb_index.cc) ---
   struct Scanned {
@@ -316,13 +358,20 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
                                                                  uint64_t version,
                                                                  std::string_view row,
                                                                  uint64_t* sequence) const;
+  // A version's segments and a moment of the database that holds all of them.
+  struct Moment {
+    std::shared_ptr<const Stack> stack;
+    std::shared_ptr<Database::Snapshot> snapshot;
+  };
+  Moment MomentOf(const Version& v) const;
   absl::Status EnsureIndex(const std::shared_ptr<Version>& v);
   absl::StatusOr<std::shared_ptr<VersionIndex>> OpenIndex(const std::shared_ptr<Version>& v);
   absl::Status RebuildIndex(const std::shared_ptr<Version>& v);
   absl::Status Fold(const std::shared_ptr<Version>& v);
   // The metadata row that names a version's file; empty: none. And the end of such a file.
   std::string IndexRow(const KnowledgeBase& kb, uint64_t version) const;
-  void RemoveIndexFile(std::string_view row);
+  // Unless another version's row names the same file.
+  void RemoveIndexFile(const KnowledgeBase& kb, std::string_view row);
   void RemoveStaleIndexFiles();
 
   // --- background (rocksdb_catalog.cc) ---
@@ -348,6 +397,7 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
   // Segments nothing names any more, and dropped versions that are still pinned.
   std::vector<std::pair<std::shared_ptr<KnowledgeBase>, std::shared_ptr<Segment>>> garbage_;
   std::vector<std::shared_ptr<Version>> zombies_;
+  Stack merging_;  // what a merge reads now
 
   std::mutex files_mu_;  // index files are removed and checkpointed under it
   uint64_t next_file_ = 0;
@@ -356,6 +406,7 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
   std::mutex work_mu_;
   std::condition_variable work_;
   bool maintenance_due_ = true;
+  bool merge_due_ = true;
   std::deque<std::shared_ptr<Load>> commits_;
   std::thread maintenance_thread_;
   std::thread commit_thread_;

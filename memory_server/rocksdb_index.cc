@@ -134,9 +134,37 @@ absl::StatusOr<std::string> RocksDbCore::SaveIndex(const KnowledgeBase& kb, uint
   return row.Take();
 }
 
-void RocksDbCore::RemoveIndexFile(std::string_view row) {
+// The row of another version that shares the file `row` names: its own sequences begin anew, so the
+// file's version and sequence are kept beside them.
+std::string SharedIndexRow(std::string_view row, uint64_t version) {
+  if (row.empty()) return "";
+  ByteReader r(row);
+  ByteWriter shared;
+  shared.String(r.String());
+  uint64_t sequence = r.U64();
+  shared.U64(0);
+  shared.U64(r.U64());
+  if (!r.done()) {
+    version = r.U64();
+    sequence = r.U64();
+  }
+  shared.U64(version);
+  shared.U64(sequence);
+  return shared.Take();
+}
+
+void RocksDbCore::RemoveIndexFile(const KnowledgeBase& kb, std::string_view row) {
   if (row.empty()) return;
   std::string name(ByteReader(row).String());
+  std::vector<uint64_t> versions;
+  {
+    std::shared_lock lock(catalog_mu_);
+    for (const auto& [number, v] : kb.versions) versions.push_back(number);
+  }
+  for (uint64_t version : versions) {
+    const std::string other = IndexRow(kb, version);
+    if (!other.empty() && ByteReader(other).String() == name) return;
+  }
   std::lock_guard files(files_mu_);
   (void)db_->env()->DeleteFile(directory_ + "/index/" + name);
 }
@@ -153,6 +181,11 @@ absl::StatusOr<std::shared_ptr<const BaseIndex>> RocksDbCore::ReadIndexFile(
   std::string name(r.String());
   *sequence = r.U64();
   uint64_t size = r.U64();
+  uint64_t file_sequence = *sequence;
+  if (!r.done()) {
+    version = r.U64();
+    file_sequence = r.U64();
+  }
   if (!r.done()) return absl::DataLossError("a malformed index row");
   std::string bytes;
   rocksdb::Status s = rocksdb::ReadFileToString(db_->env(), directory_ + "/index/" + name, &bytes);
@@ -165,7 +198,7 @@ absl::StatusOr<std::shared_ptr<const BaseIndex>> RocksDbCore::ReadIndexFile(
   }
   ByteReader f(body);
   bool head = f.Bytes(8) == kMagic && f.U64() == kb.id;
-  head = head && f.U64() == version && f.U64() == *sequence && f.U64() == size - 44;
+  head = head && f.U64() == version && f.U64() == file_sequence && f.U64() == size - 44;
   if (!head) return absl::DataLossError("the index file is of another version or sequence");
   absl::StatusOr<std::shared_ptr<const BaseIndex>> base =
       BaseIndex::Deserialize(f.Bytes(size - 44));
@@ -173,6 +206,15 @@ absl::StatusOr<std::shared_ptr<const BaseIndex>> RocksDbCore::ReadIndexFile(
     return absl::DataLossError("the index file is of another dimension");
   }
   return base;
+}
+
+RocksDbCore::Moment RocksDbCore::MomentOf(const Version& v) const {
+  while (true) {
+    // Merging puts other segments in the place of some, which are then deleted: only while it has
+    // not is the snapshot one of the stack.
+    Moment moment{v.GetStack(), std::make_shared<Database::Snapshot>(db_)};
+    if (v.GetStack() == moment.stack) return moment;
+  }
 }
 
 absl::Status RocksDbCore::EnsureIndex(const std::shared_ptr<Version>& v) {
@@ -185,8 +227,10 @@ absl::Status RocksDbCore::EnsureIndex(const std::shared_ptr<Version>& v) {
                  index.status().ToString());
     return RebuildIndex(v);
   }
+  std::string row = IndexRow(*v->kb, v->number);
   std::lock_guard lock(v->mu);
   v->index = *std::move(index);
+  v->index_row = std::move(row);
   return absl::OkStatus();
 }
 
@@ -234,7 +278,11 @@ absl::StatusOr<std::shared_ptr<VersionIndex>> RocksDbCore::OpenIndex(
         Message("the index stands at change ", expected, ", the database at ", v->sequence));
   }
   std::vector<RecordId> ids(changed.begin(), changed.end());
-  if (absl::Status s = Resync(kb, *v->GetStack(), ids, nullptr, index.get()); !s.ok()) return s;
+  const Moment moment = MomentOf(*v);
+  if (absl::Status s = Resync(kb, *moment.stack, ids, moment.snapshot->get(), index.get());
+      !s.ok()) {
+    return s;
+  }
   if (index->records() != v->counts.records) {
     return absl::DataLossError(Message("the index holds ", index->records(),
                                        " records, the database ", v->counts.records));
@@ -266,8 +314,8 @@ absl::Status RocksDbCore::Resync(const KnowledgeBase& kb, const Stack& stack,
 
 absl::Status RocksDbCore::RebuildIndex(const std::shared_ptr<Version>& v) {
   const KnowledgeBase& kb = *v->kb;
-  auto snapshot = std::make_shared<Database::Snapshot>(db_);
-  absl::StatusOr<Scanned> scanned = ScanStack(kb, *v->GetStack(), snapshot->get(), nullptr);
+  const auto [stack, snapshot] = MomentOf(*v);
+  absl::StatusOr<Scanned> scanned = ScanStack(kb, *stack, snapshot->get(), nullptr);
   if (!scanned.ok()) return scanned.status();
   absl::StatusOr<std::shared_ptr<const BaseIndex>> base =
       BuildBase(kb, std::move(scanned->keys), snapshot, nullptr, nullptr, nullptr);
@@ -283,7 +331,7 @@ absl::Status RocksDbCore::RebuildIndex(const std::shared_ptr<Version>& v) {
     AppendBig64(&end, v->sequence + 1);
     batch.DeleteRange(db_->family(kMetadata), log, end);
     if (absl::Status s = WriteSynced(&batch); !s.ok()) return s;
-    RemoveIndexFile(old);
+    RemoveIndexFile(kb, old);
   } else {
     // Readers need the index; that it could not be kept costs the next start another build.
     spdlog::warn("store: the index of {} is not saved: {}", kb.spec.name, row.status().ToString());
@@ -291,6 +339,8 @@ absl::Status RocksDbCore::RebuildIndex(const std::shared_ptr<Version>& v) {
   std::lock_guard lock(v->mu);
   v->counts = scanned->counts;
   v->index = std::make_shared<VersionIndex>(*base);
+  v->index_row.reset();
+  if (row.ok()) v->index_row = *std::move(row);
   return absl::OkStatus();
 }
 
@@ -334,12 +384,14 @@ absl::Status RocksDbCore::Fold(const std::shared_ptr<Version>& v) {
     }
     if (status.ok()) {
       index->FinishFold(*base);
+      std::lock_guard lock(v->mu);
+      v->index_row = *row;
     } else {
       index->CancelFold();
       if (row.ok()) unused = *row;
     }
   }
-  RemoveIndexFile(unused);
+  RemoveIndexFile(kb, unused);
   return stopping() ? absl::OkStatus() : status;
 }
 

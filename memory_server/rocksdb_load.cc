@@ -13,6 +13,8 @@ namespace memory3 {
 namespace {
 
 constexpr size_t kMaxIdempotencyKey = 128;
+// So many ended loads of a knowledge base are remembered, the newest.
+constexpr size_t kMaxEndedLoads = 1000;
 constexpr absl::Duration kRateWindow = absl::Seconds(10);
 // So many changed documents are carried over while writers wait; more are folded in by another
 // round.
@@ -93,10 +95,16 @@ absl::StatusOr<BeginLoadResult> RocksDbCore::BeginLoad(std::string_view tenant,
     return absl::InvalidArgumentError(Message("mode ", static_cast<int>(mode), " is unknown"));
   }
   std::lock_guard write(write_mu_);
+  std::vector<std::pair<absl::Time, std::string>> ended;  // and the keys of their rows
   {
     std::shared_lock lock(catalog_mu_);
     if ((*found)->deleted) {
       return absl::NotFoundError(Message("knowledge_base \"", kb_name, "\" is unknown"));
+    }
+    for (const auto& [key, load] : loads_) {
+      if (load->kb != *found) continue;
+      std::lock_guard l(load->mu);
+      if (!load->open()) ended.emplace_back(load->info.ended_at, key);
     }
     for (const auto& [key, load] : loads_) {
       if (load->kb != *found) continue;
@@ -129,8 +137,20 @@ absl::StatusOr<BeginLoadResult> RocksDbCore::BeginLoad(std::string_view tenant,
   }
   load->segment = NewSegment(&batch);
   PutLoadRow(*load, info, &batch);
+  std::sort(ended.begin(), ended.end());
+  ended.resize(ended.size() - std::min(ended.size(), kMaxEndedLoads));  // those to be forgotten
+  for (const auto& [when, key] : ended) {
+    batch.Delete(db_->family(kMetadata), "L" + key);
+    batch.Delete(db_->family(kMetadata), "P" + key);
+  }
   if (absl::Status s = WriteSynced(&batch); !s.ok()) return s;
+  if (load->below.size() > options_.merge_above) {
+    std::lock_guard work(work_mu_);
+    merge_due_ = true;
+    work_.notify_all();
+  }
   std::unique_lock lock(catalog_mu_);
+  for (const auto& [when, key] : ended) loads_.erase(key);
   loads_[load->kb->tenant_prefix + info.load_id] = load;
   return BeginLoadResult{info, false};
 }
@@ -343,10 +363,19 @@ void RocksDbCore::CommitLoop() {
     std::shared_ptr<Load> load;
     {
       std::unique_lock lock(work_mu_);
-      work_.wait(lock, [this] { return !commits_.empty() || stopping(); });
+      work_.wait(lock, [this] { return !commits_.empty() || merge_due_ || stopping(); });
       if (stopping()) return;
-      load = commits_.front();
-      commits_.pop_front();
+      if (!commits_.empty()) {
+        load = commits_.front();
+        commits_.pop_front();
+        merge_due_ = true;  // after it
+      } else {
+        merge_due_ = false;
+      }
+    }
+    if (load == nullptr) {
+      MergeAll();
+      continue;
     }
     absl::Status status = CommitOne(load);
     {
@@ -384,12 +413,17 @@ void RocksDbCore::FailLoad(const std::shared_ptr<Load>& load, const absl::Status
 }
 
 // The load's segment goes above what was live when it began and below what came since.
-Stack RocksDbCore::PlannedStack(const Load& load, const Stack& live) const {
+size_t RocksDbCore::InsertionPoint(const Load& load, const Stack& live) {
   size_t at = live.size();
   while (at > 0 &&
          std::find(load.below.begin(), load.below.end(), live[at - 1]->id) == load.below.end()) {
     --at;
   }
+  return at;
+}
+
+Stack RocksDbCore::PlannedStack(const Load& load, const Stack& live) const {
+  const size_t at = InsertionPoint(load, live);
   Stack planned(live.begin(), live.begin() + static_cast<ptrdiff_t>(at));
   planned.push_back(load.segment);
   planned.insert(planned.end(), live.begin() + static_cast<ptrdiff_t>(at), live.end());
@@ -397,10 +431,10 @@ Stack RocksDbCore::PlannedStack(const Load& load, const Stack& live) const {
   return planned;
 }
 
-absl::StatusOr<RocksDbCore::Delta> RocksDbCore::DeltaOf(const KnowledgeBase& kb,
-                                                        const Stack& before, const Stack& after,
-                                                        const rocksdb::Snapshot* snapshot) const {
-  // Documents that anything above `before` touches.
+absl::StatusOr<RocksDbCore::Delta> RocksDbCore::DeltaOf(
+    const KnowledgeBase& kb, const Stack& before, const Stack& after,
+    std::span<const std::shared_ptr<Segment>> between, const rocksdb::Snapshot* snapshot) const {
+  // Documents that any of them touches.
   std::set<std::string> documents;
   rocksdb::ReadOptions options;
   options.snapshot = snapshot;
@@ -415,8 +449,8 @@ absl::StatusOr<RocksDbCore::Delta> RocksDbCore::DeltaOf(const KnowledgeBase& kb,
     return FromRocksDb(it->status(), "reading changes");
   };
   absl::Status status;
-  for (size_t l = before.size(); l < after.size() && status.ok(); ++l) {
-    const std::string prefix = kb.SegmentPrefix(after[l]->id);
+  for (const std::shared_ptr<Segment>& segment : between) {
+    const std::string prefix = kb.SegmentPrefix(segment->id);
     status = each_key(kEntries, prefix, [&](std::string_view suffix) {
       if (suffix.size() >= 6) documents.emplace(DocumentKeyOf(suffix));
     });
@@ -475,13 +509,40 @@ absl::StatusOr<RocksDbCore::Delta> RocksDbCore::DeltaOf(const KnowledgeBase& kb,
   return delta;
 }
 
-absl::Status RocksDbCore::CommitOne(const std::shared_ptr<Load>& load) {
-  const std::shared_ptr<KnowledgeBase>& kb = load->kb;
-  const bool append = load->info.mode == LoadMode::kAppend;  // fixed at its creation
+// Reads the whole planned stack and builds an index of it.
+absl::Status RocksDbCore::PlanFromScratch(const std::shared_ptr<Load>& load,
+                                          const BaseIndex* previous,
+                                          const std::shared_ptr<Database::Snapshot>& snapshot,
+                                          Planned* planned) {
+  const KnowledgeBase& kb = *load->kb;
   auto fraction = [&](double f) {
     std::lock_guard lock(load->mu);
     load->info.indexing_fraction = std::max(load->info.indexing_fraction, std::min(f, 0.999));
   };
+  absl::StatusOr<Scanned> scanned =
+      ScanStack(kb, planned->stack, snapshot->get(), &load->cancelled);
+  if (!scanned.ok()) return scanned.status();
+  fraction(1 - kIndexShare);
+  absl::StatusOr<std::shared_ptr<const BaseIndex>> base = BuildBase(
+      kb, std::move(scanned->keys), snapshot, previous,
+      [&](double f) { fraction(1 - kIndexShare + kIndexShare * f); }, &load->cancelled);
+  if (!base.ok()) return base.status();
+  absl::StatusOr<std::string> row = SaveIndex(kb, planned->number, 0, **base);
+  if (!row.ok()) return row.status();
+  planned->counts = scanned->counts;
+  planned->index = std::make_shared<VersionIndex>(*base);
+  planned->index_row = *std::move(row);
+  return absl::OkStatus();
+}
+
+absl::Status RocksDbCore::CommitOne(const std::shared_ptr<Load>& load) {
+  const std::shared_ptr<KnowledgeBase>& kb = load->kb;
+  const bool append = load->info.mode == LoadMode::kAppend;  // fixed at its creation
+  if (append) {
+    if (absl::Status s = MergeDownTo(kb, 3 * options_.merge_above, /*yield=*/false); !s.ok()) {
+      return s;
+    }
+  }
   auto gone = [&]() -> absl::Status {  // write_mu_ held
     std::shared_lock lock(catalog_mu_);
     if (kb->deleted || load->cancelled) return absl::CancelledError("the load was aborted");
@@ -489,38 +550,64 @@ absl::Status RocksDbCore::CommitOne(const std::shared_ptr<Load>& load) {
   };
   for (int round = 1;; ++round) {
     // Which segments: those of the live version, frozen, and the load's own.
-    auto planned = std::make_shared<Stack>();
+    Planned planned;
+    std::shared_ptr<const Stack> before;
     std::shared_ptr<Database::Snapshot> snapshot;
     std::shared_ptr<const BaseIndex> previous;
-    uint64_t number = 0;
     {
       std::lock_guard write(write_mu_);
       if (absl::Status s = gone(); !s.ok()) return s;
       std::shared_ptr<Version> live = Published(*kb);
       if (append) {
         if (absl::Status s = FreezeTop(live, false); !s.ok()) return s;
-        *planned = PlannedStack(*load, *live->GetStack());
-        if (std::shared_ptr<VersionIndex> index = live->GetIndex()) previous = index->base();
+        before = live->GetStack();
+        planned.stack = PlannedStack(*load, *before);
+        if (std::shared_ptr<VersionIndex> index = live->GetIndex()) {
+          previous = index->base();
+          // A load that is small beside the live version changes a copy of its index and is looked
+          // at alone; one that would leave too much to the copy's tail makes a new base.
+          uint64_t taken;
+          {
+            std::lock_guard lock(load->mu);
+            taken = load->info.entries;
+          }
+          if (live->index_row && index->backlog() + taken <=
+                                     std::max(options_.index.tail_max, index->base_size() / 64)) {
+            planned.index = index->Clone();
+            planned.counts = live->counts;
+            planned.shares = live;
+            planned.shared_row = *live->index_row;
+            planned.index_row = SharedIndexRow(planned.shared_row, live->number);
+          }
+        }
       } else {
-        planned->push_back(load->segment);
+        planned.stack.push_back(load->segment);
       }
       snapshot = std::make_shared<Database::Snapshot>(db_);
-      number = kb->next_version;
+      planned.number = kb->next_version;
       std::lock_guard lock(load->mu);
-      load->building = planned;
+      load->building = std::make_shared<Stack>(planned.stack);
     }
-    absl::StatusOr<Scanned> scanned = ScanStack(*kb, *planned, snapshot->get(), &load->cancelled);
-    if (!scanned.ok()) return scanned.status();
-    fraction(1 - kIndexShare);
-    absl::StatusOr<std::shared_ptr<const BaseIndex>> base = BuildBase(
-        *kb, std::move(scanned->keys), snapshot, previous.get(),
-        [&](double f) { fraction(1 - kIndexShare + kIndexShare * f); }, &load->cancelled);
-    if (!base.ok()) return base.status();
-    absl::StatusOr<std::string> index_row = SaveIndex(*kb, number, 0, **base);
-    if (!index_row.ok()) return index_row.status();
-    absl::StatusOr<bool> published = PublishLoad(load, *planned, number, scanned->counts, *base,
-                                                 *index_row, round == kMaxRounds);
-    if (!published.ok() || !*published) RemoveIndexFile(*index_row);
+    if (planned.shares != nullptr) {
+      absl::StatusOr<Delta> delta =
+          DeltaOf(*kb, *before, planned.stack, {&load->segment, 1}, snapshot->get());
+      if (!delta.ok()) return delta.status();
+      if (absl::Status s =
+              Resync(*kb, planned.stack, delta->records, snapshot->get(), planned.index.get());
+          !s.ok()) {
+        return s;
+      }
+      planned.counts.entries += delta->entries;
+      planned.counts.documents += delta->documents;
+      planned.counts.records = planned.index->records();
+    } else if (absl::Status s = PlanFromScratch(load, previous.get(), snapshot, &planned);
+               !s.ok()) {
+      return s;
+    }
+    absl::StatusOr<bool> published = PublishLoad(load, planned, round == kMaxRounds);
+    if (planned.shares == nullptr && (!published.ok() || !*published)) {
+      RemoveIndexFile(*kb, planned.index_row);
+    }
     if (!published.ok()) return published.status();
     if (*published) return absl::OkStatus();
   }
@@ -528,75 +615,88 @@ absl::Status RocksDbCore::CommitOne(const std::shared_ptr<Load>& load) {
 
 // The switch. False: the live version moved on too far while the index was built; build again.
 absl::StatusOr<bool> RocksDbCore::PublishLoad(const std::shared_ptr<Load>& load,
-                                              const Stack& planned, uint64_t number, Counts counts,
-                                              const std::shared_ptr<const BaseIndex>& base,
-                                              const std::string& index_row, bool must) {
+                                              const Planned& planned, bool must) {
   const std::shared_ptr<KnowledgeBase>& kb = load->kb;
   std::lock_guard write(write_mu_);
   {
     std::shared_lock lock(catalog_mu_);
     if (kb->deleted || load->cancelled) return absl::CancelledError("the load was aborted");
   }
-  if (kb->next_version != number) return false;
+  if (kb->next_version != planned.number) return false;
   std::shared_ptr<Version> live = Published(*kb);
-  auto index = std::make_shared<VersionIndex>(base);
+  // Its file goes with its row, unless ours names it by then.
+  if (planned.shares != nullptr &&
+      (planned.shares != live || live->index_row != planned.shared_row)) {
+    return false;
+  }
   auto v = std::make_shared<Version>();
   v->kb = kb;
-  v->number = number;
+  v->number = planned.number;
   v->published_at = absl::Now();
-  auto stack = std::make_shared<Stack>(planned);
+  v->index = planned.index;
+  v->index_row = planned.index_row;
+  Counts counts = planned.counts;
+  auto stack = std::make_shared<Stack>(planned.stack);
   rocksdb::WriteBatch batch;
+  std::vector<RecordId> changed = planned.index->ChangedRecords();
   if (load->info.mode == LoadMode::kAppend) {
     // Changes made while the index was built are on top of what it was built from.
     Stack now = PlannedStack(*load, *live->GetStack());
-    if (!IsPrefix(planned, now)) return false;
-    if (now.size() > planned.size()) {
+    if (!IsPrefix(planned.stack, now)) return false;
+    if (now.size() > planned.stack.size()) {
       Database::Snapshot snapshot(db_);
-      absl::StatusOr<Delta> delta = DeltaOf(*kb, planned, now, snapshot.get());
+      absl::StatusOr<Delta> delta = DeltaOf(
+          *kb, planned.stack, now, std::span(now).subspan(planned.stack.size()), snapshot.get());
       if (!delta.ok()) return delta.status();
       if (delta->touched > kMaxCarriedOver && !must) return false;
-      if (absl::Status s = Resync(*kb, now, delta->records, snapshot.get(), index.get()); !s.ok()) {
+      if (absl::Status s = Resync(*kb, now, delta->records, snapshot.get(), v->index.get());
+          !s.ok()) {
         return s;
       }
       counts.entries += delta->entries;
       counts.documents += delta->documents;
-      counts.records = index->records();
-      v->sequence = 1;
-      ByteWriter log;
-      log.U32(static_cast<uint32_t>(delta->records.size()));
-      for (const RecordId& id : delta->records) log.Bytes(id.view());
-      std::string key = VersionKey('J', *kb, number);
-      AppendBig64(&key, 1);
-      batch.Put(db_->family(kMetadata), key, log.str());
+      counts.records = v->index->records();
+      changed.insert(changed.end(), delta->records.begin(), delta->records.end());
       *stack = now;
     }
+  }
+  if (!changed.empty()) {
+    v->sequence = 1;
+    ByteWriter log;
+    log.U32(static_cast<uint32_t>(changed.size()));
+    for (const RecordId& id : changed) log.Bytes(id.view());
+    std::string key = VersionKey('J', *kb, planned.number);
+    AppendBig64(&key, 1);
+    batch.Put(db_->family(kMetadata), key, log.str());
   }
   stack->push_back(NewSegment(&batch));
   v->stack = stack;
   v->counts = counts;
-  v->index = index;
   LoadInfo info;
   {
     std::lock_guard lock(load->mu);
     info = load->info;
   }
   info.state = LoadState::kCommitted;
-  info.version = number;
+  info.version = planned.number;
   info.indexing_fraction = 1;
   info.ended_at = absl::Now();
   PutLoadRow(*load, info, &batch);
   PutVersionRow(*v, *stack, v->published_at, &batch);
   PutCountsRow(*v, counts, v->sequence, &batch);
-  batch.Put(db_->family(kMetadata), VersionKey('I', *kb, number), index_row);
-  PutKnowledgeBaseRow(*kb, number, number + 1, &batch);
+  if (!planned.index_row.empty()) {
+    batch.Put(db_->family(kMetadata), VersionKey('I', *kb, planned.number), planned.index_row);
+  }
+  PutKnowledgeBaseRow(*kb, planned.number, planned.number + 1, &batch);
   if (absl::Status s = WriteSynced(&batch); !s.ok()) return s;
 
   std::unique_lock lock(catalog_mu_);
-  kb->versions[number] = v;
-  kb->published = number;
-  kb->next_version = number + 1;
+  kb->versions[planned.number] = v;
+  kb->published = planned.number;
+  kb->next_version = planned.number + 1;
   std::lock_guard load_lock(load->mu);
   load->info = info;
+  load->rate = {};
   return true;
 }
 

@@ -108,8 +108,9 @@ absl::StatusOr<RocksDbCore::ReadView> RocksDbCore::MakeView(const std::shared_pt
     if (absl::Status s = EnsureIndex(v); !s.ok()) return s;
     view.index = v->GetIndex();
   }
-  view.stack = v->GetStack();
-  view.snapshot = std::make_shared<Database::Snapshot>(db_);
+  Moment moment = MomentOf(*v);
+  view.stack = std::move(moment.stack);
+  view.snapshot = std::move(moment.snapshot);
   return view;
 }
 
@@ -163,8 +164,9 @@ absl::StatusOr<StoredRecord> RocksDbCore::GetRecord(std::string_view tenant, std
   if (!v.ok()) return v.status();
   ReadView view;
   view.kb = (*v)->kb;
-  view.stack = (*v)->GetStack();
-  view.snapshot = std::make_shared<Database::Snapshot>(db_);
+  Moment moment = MomentOf(**v);
+  view.stack = std::move(moment.stack);
+  view.snapshot = std::move(moment.snapshot);
   absl::StatusOr<std::vector<SourceRow>> sources = SourcesOf(view, id, with_text);
   if (!sources.ok()) return sources.status();
   if (sources->empty()) {
@@ -233,9 +235,8 @@ absl::StatusOr<DocumentPage> RocksDbCore::ListDocuments(std::string_view tenant,
                                                         std::string_view page_token) {
   absl::StatusOr<std::shared_ptr<Version>> v = PublishedOf(tenant, kb);
   if (!v.ok()) return v.status();
-  std::shared_ptr<const Stack> stack = (*v)->GetStack();
-  Database::Snapshot snapshot(db_);
-  return PageOf(*(*v)->kb, *stack, snapshot.get(), page_size, page_token);
+  const Moment moment = MomentOf(**v);
+  return PageOf(*(*v)->kb, *moment.stack, moment.snapshot->get(), page_size, page_token);
 }
 
 absl::StatusOr<RetrieveResult> RocksDbCore::Retrieve(const VersionPin& pin,

@@ -33,6 +33,9 @@ struct RocksDbStoreOptions {
   std::string backup_root;  // empty: no backups (FAILED_PRECONDITION)
   uint64_t cache_bytes = uint64_t{512} << 20;
   uint64_t write_buffer_bytes = uint64_t{64} << 20;  // of each of the large column families
+  // So many frozen segments a version may have before some are merged in the background; from three
+  // times as many on, a commit merges first. Default: 8.
+  uint64_t merge_above = 8;
   // Open although a log is damaged (log_check.h), with what stands before the damage. For once, by
   // an operator who has no better copy. Default: false, DATA_LOSS names file and offset.
   bool accept_log_damage = false;

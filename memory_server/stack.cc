@@ -96,8 +96,12 @@ absl::StatusOr<bool> AnyRowBelow(const Database& db, std::string_view kb_prefix,
 
 StackIterator::StackIterator(const Database& db, std::string kb_prefix, const Stack& stack,
                              std::string_view begin, std::string_view within,
-                             const rocksdb::Snapshot* snapshot, bool fill_cache)
-    : db_(db), kb_prefix_(std::move(kb_prefix)), stack_(stack), snapshot_(snapshot) {
+                             const rocksdb::Snapshot* snapshot, bool fill_cache, bool hidden_too)
+    : db_(db),
+      kb_prefix_(std::move(kb_prefix)),
+      stack_(stack),
+      snapshot_(snapshot),
+      hidden_too_(hidden_too) {
   for (size_t l = 0; l < stack.size(); ++l) {
     if (!stack[l]->rows) continue;
     auto s = std::make_unique<Source>();
@@ -172,8 +176,8 @@ void StackIterator::FindNext() {
           absl::DataLossError(Message("a malformed entry row in segment ", stack_[layer_]->id));
       return;
     }
-    bool hidden = tombstone;
-    if (!hidden) {
+    hidden_ = tombstone ? Hidden::kByTombstoneRow : Hidden::kNo;
+    if (!tombstone) {
       std::string_view document = DocumentKeyOf(suffix_);
       if (tombstone_document_ != document) {
         tombstone_document_ = document;
@@ -189,8 +193,8 @@ void StackIterator::FindNext() {
           if (*has) tombstone_layer_ = static_cast<int64_t>(l);
         }
       }
-      hidden = tombstone_layer_ > static_cast<int64_t>(layer_);
-      for (size_t l = layer_ + 1; l < stack_.size() && !hidden; ++l) {
+      if (tombstone_layer_ > static_cast<int64_t>(layer_)) hidden_ = Hidden::kByDocument;
+      for (size_t l = layer_ + 1; l < stack_.size() && hidden_ == Hidden::kNo; ++l) {
         if (!stack_[l]->record_tombstones) continue;
         absl::StatusOr<bool> has =
             db_.Has(kDocuments, RecordTombstoneKey(kb_prefix_, stack_[l]->id, id), snapshot_);
@@ -198,10 +202,10 @@ void StackIterator::FindNext() {
           status_ = has.status();
           return;
         }
-        hidden = *has;
+        if (*has) hidden_ = Hidden::kByRecord;
       }
     }
-    if (!hidden) {
+    if (hidden_ == Hidden::kNo || hidden_too_) {
       valid_ = true;
       return;
     }

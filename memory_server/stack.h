@@ -27,6 +27,8 @@ struct Segment {
   std::atomic<bool> rows{false};
   std::atomic<bool> document_tombstones{false};
   std::atomic<bool> record_tombstones{false};
+  // Rows and tombstones of a frozen segment, once counted; -1: not yet.
+  std::atomic<int64_t> counted{-1};
 
   bool empty() const { return !rows && !document_tombstones && !record_tombstones; }
 };
@@ -65,13 +67,16 @@ absl::StatusOr<bool> AnyRowBelow(const Database& db, std::string_view kb_prefix,
                                  size_t layers, std::string_view suffix,
                                  const rocksdb::Snapshot* snapshot);
 
-// Walks the visible entries of a stack in order of document and ordinal.
+// Walks the visible entries of a stack in order of document and ordinal; `hidden_too`: every entry
+// that any segment has a row for.
 class StackIterator {
  public:
+  enum class Hidden { kNo, kByTombstoneRow, kByDocument, kByRecord };
+
   // Entries whose suffix is >= `begin` and begins with `within` (a document key, or empty for all).
   StackIterator(const Database& db, std::string kb_prefix, const Stack& stack,
                 std::string_view begin, std::string_view within, const rocksdb::Snapshot* snapshot,
-                bool fill_cache = true);
+                bool fill_cache = true, bool hidden_too = false);
   bool Valid() const { return valid_; }
   void Next();
   // Skips to the first entry whose suffix is >= `suffix`.
@@ -79,6 +84,7 @@ class StackIterator {
   std::string_view suffix() const { return suffix_; }
   std::string_view value() const;  // the encoded row
   size_t layer() const { return layer_; }
+  Hidden hidden() const { return hidden_; }  // of the uppermost row
   const absl::Status& status() const { return status_; }
 
  private:
@@ -99,6 +105,8 @@ class StackIterator {
   std::string kb_prefix_;
   const Stack& stack_;
   const rocksdb::Snapshot* snapshot_;
+  const bool hidden_too_;
+  Hidden hidden_ = Hidden::kNo;
   std::vector<std::unique_ptr<Source>> sources_;  // by layer, rising
   Source* current_ = nullptr;
   bool valid_ = false;

@@ -28,6 +28,7 @@ class StoreModelTest : public testing::TestWithParam<uint64_t> {
     options_.index.recall_target = 1;
     options_.index.tail_max = 8;
     options_.index.build_threads = 1;
+    options_.merge_above = GetParam() % 3 + 1;
   }
 
   void Open() {
@@ -111,7 +112,8 @@ TEST(StoreModelRecoverTest, WhatShowsOnlyAtTheCommitIsNotTakenForUndone) {
   for (const char* unseen : {
            "1 - 1 0 1 0 1 doc0 0",         // deletes a document only the load has
            "2 - 1 0 1 0 0 1 2",            // and a record
-           "4 key0 1 0 1 1 doc2 0 9 0 0",  // another reference for a staged entry
+           "4 key0 1 0 1 1 doc2 0 9 0 0",  // another reference for a staged
+                                           // entry
        }) {
     store_testing::TemporaryDirectory directory;
     RocksDbStoreOptions options;

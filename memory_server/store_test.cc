@@ -425,6 +425,9 @@ TEST_F(StoreTest, FlippedBitsOnDiskAreDetected) {
 
 // An index file that is damaged, stale or gone is rebuilt from the database.
 TEST_F(StoreTest, IndexIsRebuiltWhenItDisagrees) {
+  store_ = nullptr;
+  options_.index.tail_max = 16;  // so that a load of 50 makes a file
+  Open();
   ASSERT_EQ(LoadAll("a", LoadMode::kAppend, 0, 50)->state, LoadState::kCommitted);
   for (int damage = 0; damage < 3; ++damage) {
     store_ = nullptr;

@@ -103,6 +103,36 @@ std::vector<uint64_t> VersionIndex::EmbeddingsOf(const RecordId& id) const {
   return hashes;
 }
 
+std::shared_ptr<VersionIndex> VersionIndex::Clone() const {
+  std::shared_ptr<VersionIndex> copy(new VersionIndex);
+  copy->state_ = NewState(state_->base);
+  for (size_t w = 0; w < state_->base->size() / 64 + 1; ++w) {
+    copy->state_->dead[w].store(state_->dead[w].load(std::memory_order_relaxed),
+                                std::memory_order_relaxed);
+  }
+  copy->dead_base_ = dead_base_;
+  const uint32_t size = state_->tail.size.load(std::memory_order_relaxed);
+  for (uint32_t i = 0; i < size; ++i) {
+    if (SlotAt(i).live.load(std::memory_order_relaxed)) copy->AddOne(SlotAt(i).key, VectorAt(i));
+  }
+  copy->records_ = records_.load();  // AddOne counted those of the tail only
+  return copy;
+}
+
+std::vector<RecordId> VersionIndex::ChangedRecords() const {
+  std::vector<RecordId> ids;
+  for (const auto& [id, slots] : tail_slots_) ids.push_back(id);
+  for (uint32_t w = 0; dead_base_ != 0 && w < state_->base->size() / 64 + 1; ++w) {
+    if (state_->dead[w].load(std::memory_order_relaxed) == 0) continue;
+    for (uint32_t s = 64 * w; s < std::min<uint64_t>(64 * w + 64, state_->base->size()); ++s) {
+      if (!BaseLive(s)) ids.push_back(state_->base->key(s).record_id);
+    }
+  }
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  return ids;
+}
+
 bool VersionIndex::HasRecord(const RecordId& id) const { return !EmbeddingsOf(id).empty(); }
 
 void VersionIndex::Apply(std::vector<Addition> additions, const std::vector<SlotKey>& removals) {

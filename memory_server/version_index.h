@@ -32,6 +32,8 @@ class VersionIndex {
   };
 
   explicit VersionIndex(std::shared_ptr<const BaseIndex> base);
+  VersionIndex(const VersionIndex&) = delete;
+  VersionIndex& operator=(const VersionIndex&) = delete;
 
   // --- any thread ---
   // The best `k` live slots of the base and the best `k` of the tail, in no order. True: every live
@@ -41,7 +43,10 @@ class VersionIndex {
   uint64_t memory_bytes() const;
   std::string description() const;
 
-  // --- writer ---
+  // --- writer --- A copy that changes by itself; the base is shared.
+  std::shared_ptr<VersionIndex> Clone() const;
+  // Records whose slots may differ from the base's, ascending.
+  std::vector<RecordId> ChangedRecords() const;
   bool HasRecord(const RecordId& id) const;
   // The embeddings of one record that are live.
   std::vector<uint64_t> EmbeddingsOf(const RecordId& id) const;
@@ -87,6 +92,7 @@ class VersionIndex {
     std::vector<float> vector;  // of an addition
   };
 
+  VersionIndex() = default;
   static std::shared_ptr<State> NewState(std::shared_ptr<const BaseIndex> base);
   std::shared_ptr<State> state() const;
   bool BaseLive(uint32_t slot) const;

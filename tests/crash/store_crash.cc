@@ -42,6 +42,7 @@ RocksDbStoreOptions Options(const std::string& directory) {
   options.index.recall_target = 1;
   options.index.tail_max = 16;
   options.index.build_threads = 1;
+  options.merge_above = 1;  // at every turn
   return options;
 }
 
