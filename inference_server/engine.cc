@@ -14,6 +14,7 @@ namespace {
 
 constexpr size_t kQueriesPerRetrieve = 512;  // the memory service takes 1,024
 constexpr size_t kMaxStopStrings = 16;
+constexpr int kChunkTokens = 64;  // of a model without a geometry
 
 void Set(google::protobuf::Duration* proto, absl::Duration duration) {
   proto->set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &duration));
@@ -63,8 +64,11 @@ Engine::Engine(std::unique_ptr<Decoder> decoder, const Tokenizer* tokenizer, Mem
       tokenizer_(tokenizer),
       reader_(reader),
       options_(options),
-      mailbox_(std::make_shared<Mailbox>()) {
-  if (decoder_->memory() != nullptr) slots_.emplace(&decoder_->pool());
+      mailbox_(std::make_shared<Mailbox>()),
+      prompts_(options.prompt_cache_pages.value_or(decoder_->cache().pages() / 2),
+               decoder_->memory() ? decoder_->memory()->chunk_tokens : kChunkTokens) {
+  if (decoder_->memory() != nullptr)
+    slots_.emplace(&decoder_->pool(), [mailbox = mailbox_] { mailbox->Poke(); });
   stats_.kv_pages = decoder_->cache().pages();
   stats_.memory_slots = slots_ ? slots_->slots() : 0;
   thread_ = std::thread([this] { Run(); });
@@ -162,8 +166,7 @@ absl::StatusOr<uint64_t> Engine::Submit(EngineRequest request, std::shared_ptr<E
       Sampler::Create(request.sampling, decoder_->config().vocab_size, request.prompt);
   if (!sampler.ok()) return sampler.status();
   std::vector<int32_t> tokens(ids.begin(), ids.end());
-  // Without a geometry there are no chunks; any length does.
-  const int chunk_tokens = decoder_->memory() ? decoder_->memory()->chunk_tokens : 64;
+  const int chunk_tokens = decoder_->memory() ? decoder_->memory()->chunk_tokens : kChunkTokens;
   auto running = std::make_unique<Running>(std::move(request), std::move(sink), *std::move(sampler),
                                            std::move(tokens), chunk_tokens, tokenizer_);
   if (running->scores()) {
@@ -234,6 +237,7 @@ EngineStats Engine::stats() const {
 
 void Engine::Run() {
   while (true) {
+    const absl::Time begin = absl::Now();
     TakeEvents();
     {
       const std::lock_guard lock(mutex_);
@@ -252,9 +256,16 @@ void Engine::Run() {
     {
       const std::lock_guard lock(mutex_);
       stats_.running = static_cast<int>(running_.size());
-      stats_.kv_pages_used = decoder_->cache().pages() - decoder_->cache().free_pages();
+      stats_.kv_pages_cached = prompts_.idle_pages();
+      stats_.kv_pages_used =
+          decoder_->cache().pages() - decoder_->cache().free_pages() - stats_.kv_pages_cached;
       stats_.memory_slots_pinned = slots_ ? slots_->pinned() : 0;
-      if (!batch.empty()) ++stats_.steps;
+      if (!batch.empty()) {
+        const absl::Duration took = absl::Now() - begin;
+        ++stats_.steps;
+        stats_.busy += took;
+        stats_.longest_step = std::max(stats_.longest_step, took);
+      }
     }
     if (!batch.empty() || ended) continue;  // what has ended makes room for what waits
     std::unique_lock lock(mailbox_->mutex);
@@ -321,7 +332,10 @@ void Engine::TakeAnswer(Answer answer) {
     ChunkMemories& chunk = sequence->chunks[answer.retrieval];
     if (chunk.fixed) return;  // too late: it only filled the cache
     chunk.answered = true;
-    chunk.result = std::move(answer.result);
+    chunk.status = std::move(answer.result.status);
+    chunk.memories = std::move(answer.result.memories);
+    // Into slots that nobody else wants, while it is not needed yet.
+    PinChunk(*sequence, answer.retrieval, /*from_others=*/false);
     return;
   }
 }
@@ -393,7 +407,7 @@ void Engine::StartRetrievals() {
       const MemoryPlan& plan = sequence.request.memory;
       if (plan.base == nullptr) {
         chunk.answered = true;
-        chunk.result.status = absl::UnavailableError("the memory server cannot be reached");
+        chunk.status = absl::UnavailableError("the memory server cannot be reached");
         continue;
       }
       if (plan.references_per_chunk == 0) {
@@ -414,13 +428,11 @@ void Engine::StartRetrievals() {
   for (auto& [key, list] : groups) {
     for (Group& group : list) {
       reader_->Read(std::move(group.base), std::move(group.queries), group.with_text, deadline,
-                    [mailbox = mailbox_,
-                     targets = std::move(group.targets)](std::vector<ReadResult> results) {
+                    [mailbox = mailbox_, targets = std::move(group.targets)](size_t query,
+                                                                             ReadResult result) {
                       const std::lock_guard lock(mailbox->mutex);
-                      for (size_t i = 0; i < targets.size(); ++i) {
-                        mailbox->answers.push_back(
-                            {targets[i].first, targets[i].second, std::move(results[i])});
-                      }
+                      mailbox->answers.push_back(
+                          {targets[query].first, targets[query].second, std::move(result)});
                       mailbox->changed.notify_one();
                     });
     }
@@ -565,6 +577,7 @@ void Engine::FinishRequest(Running& sequence, v1::FinishReason reason, absl::Tim
                                                 : sequence.generated);
   usage.set_retrievals(static_cast<uint32_t>(sequence.chunks.size()));
   usage.set_memories_read(sequence.memories_read);
+  usage.set_cached_prompt_tokens(sequence.cached_tokens);
   v1::Timings& timings = *finish.mutable_timings();
   const absl::Time first = std::min(sequence.first_token, now);
   Set(timings.mutable_queue(), sequence.admitted - sequence.submitted);
@@ -595,7 +608,7 @@ void Engine::EndRequest(Running& sequence, absl::Status status) {
 
 void Engine::RemoveEnded() {
   for (auto& sequence : running_) {
-    if (sequence->ended) Unpin(*sequence, ChunkGrid::kNoRetrieval);
+    if (sequence->ended) Unpin(*sequence, static_cast<int>(sequence->chunks.size()));
   }
   std::erase_if(running_, [](const auto& sequence) { return sequence->ended; });
 }

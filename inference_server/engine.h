@@ -6,8 +6,10 @@
 // prompt does not stall the others. A sequence that waits for memories steps aside. When the KV
 // cache (or the pool of memories) is full, the sequence that arrived last gives its pages up and
 // later feeds its tokens again with the memories that its chunks have read: it never retrieves
-// again. A request's tokens are those of the offline loops (transformer/generate.h) whatever runs
-// beside it.
+// again. What memories need (embedding, retrieval, decoding, the copy into the device's pool) runs
+// on other threads beside the steps. Full prompt chunks are computed once for requests that begin
+// alike and read the same memories. A request's tokens are those of the offline loops
+// (transformer/generate.h) whatever runs beside it.
 //
 // Thread-safety: every method from any thread. Sinks are called on the engine's thread (or in
 // Submit's for a request that never ran) and must not block.
@@ -30,6 +32,7 @@
 #include "inference_server/device_slots.h"
 #include "inference_server/memory_reader.h"
 #include "inference_server/memory_source.h"
+#include "inference_server/prompt_cache.h"
 #include "memory3/v1/inference.pb.h"
 #include "transformer/decoder.h"
 #include "transformer/sampler.h"
@@ -43,6 +46,9 @@ struct EngineOptions {
   int slice_tokens = 256;  // prompt tokens fed in one step, of all sequences
   // How long a chunk waits for its memories under WAIT, at most.
   absl::Duration wait_cap = absl::Seconds(30);
+  // Pages of the KV cache that may keep prompts for requests that begin alike (prompt_cache.h).
+  // They are given up before a sequence is preempted. Default: half of the cache. 0: none.
+  std::optional<int> prompt_cache_pages;
   std::string model_name;
 };
 
@@ -98,12 +104,18 @@ class EventSink {
 
 struct EngineStats {
   int running = 0, waiting = 0;
-  int kv_pages = 0, kv_pages_used = 0;
+  int kv_pages = 0, kv_pages_used = 0;  // used by sequences
+  int kv_pages_cached = 0;              // kept for requests to come, given up when wanted
   int memory_slots = 0, memory_slots_pinned = 0;
   uint64_t steps = 0, preemptions = 0, prompt_tokens = 0, generated_tokens = 0;
   uint64_t device_hits = 0;          // memories that lay on the device when they were needed
   uint64_t retrieval_fallbacks = 0;  // chunks that went on without
+  uint64_t cached_prompt_tokens = 0;
+  // Of steps: from choosing what to feed to the last event sent; in the model, of that.
+  absl::Duration busy, in_model, longest_step;
 };
+
+struct ChunkMemories;
 
 class Engine {
  public:
@@ -156,12 +168,28 @@ class Engine {
   void TakeAnswer(Answer answer);
   // What can be fed now; waits of sequences that cannot are in `wake`.
   std::vector<Work> Schedule(absl::Time* wake);
+  bool Begin(Running& sequence);
   bool PlanSlice(Running& sequence, absl::Time now, absl::Time* wake, Work* work);
+  // Whether the retrieval's memories are here, chosen for good and in slots that can be read.
   bool MemoriesReady(Running& sequence, int retrieval, absl::Time now, absl::Time* wake);
-  bool PinChunk(Running& sequence, int retrieval);
+  bool PinChunk(Running& sequence, int retrieval, bool from_others);
+  // Lets go of slots for `sequence`'s retrieval that are less urgent. False: there are none.
+  bool TakeSlots(const Running& sequence, int retrieval);
+  // Keeps only those of the chunk's memories that can be read now.
+  void DropUnloaded(Running& sequence, int retrieval);
+  // The beginning of a prompt that another request has computed.
+  std::vector<KvPage> FindShared(Running& sequence);
+  void ExtendPromptKeys(Running& sequence, int chunks);
+  void SharePrompt(Running& sequence);
+  // Free pages, less those that this step takes already.
+  int FreePages() const;
+  // Has `pages` free pages, if giving up cached prompts brings them.
+  bool EvictPrompts(int pages);
   bool MakeRoom(Running& sequence, int pages);
   void Preempt(Running& sequence);
-  void Unpin(Running& sequence, int keep_retrieval);
+  // Of retrievals before this one.
+  void Unpin(Running& sequence, int end_retrieval);
+  void UnpinChunk(ChunkMemories& chunk);
   void Step(std::vector<Work>& batch);
   void UseLogits(Work& work, const float* logits, const int32_t* greedy, absl::Time now);
   void Sampled(Running& sequence, int32_t id, const float* logits, absl::Time now);
@@ -177,8 +205,8 @@ class Engine {
   const Tokenizer* const tokenizer_;
   MemoryReader* const reader_;
   const EngineOptions options_;
-  std::optional<DeviceSlots> slots_;
   const std::shared_ptr<Mailbox> mailbox_;
+  std::optional<DeviceSlots> slots_;
 
   // What a step may still take.
   struct Budget {
@@ -188,6 +216,8 @@ class Engine {
 
   // The thread's.
   Budget budget_;
+  uint64_t step_ = 0;
+  PromptCache prompts_;
   std::vector<std::unique_ptr<Running>> running_;  // by arrival
   std::vector<float> logits_;
 

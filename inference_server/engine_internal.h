@@ -30,7 +30,7 @@ struct Engine::Mailbox {
 // One retrieval of a sequence: what it found, and what those who read it read for good.
 struct ChunkMemories {
   bool answered = false;
-  ReadResult result;
+  absl::Status status;                      // of the answer: why memories are missing
   absl::Time due = absl::InfiniteFuture();  // since when its first reader could be fed
   // Once the first reader is fed nothing below changes, except for the slots.
   bool fixed = false;
@@ -39,7 +39,9 @@ struct ChunkMemories {
   std::vector<ReadMemory> memories;
   std::vector<v1::ByteSource> from;  // [memories], known with the first pin
   bool pinned = false;
+  bool loaded = false;     // all slots can be read
   std::vector<int> slots;  // [memories] while pinned
+  uint64_t step = 0;       // the last that read it
 };
 
 struct Engine::Running {
@@ -81,6 +83,10 @@ struct Engine::Running {
   std::optional<Sequence> sequence;   // none: it has no pages
   std::vector<ChunkMemories> chunks;  // by retrieval, those asked for
   bool gave_up = false;               // a wait ran into the cap: no chunk waits any more
+  std::vector<Hash256> prompt_keys;   // of the first full prompt chunks, as far as they are known
+  int cached_tokens = 0;              // of the prompt, `<s>` included, that were not fed
+  int shared_chunks = 0;              // full prompt chunks of `sequence` that are shared
+  bool began = false;                 // a token was fed once
   int next_chunk = 0;                 // whose provenance is sent next
   bool introduced = false;            // PromptInfo is sent
   bool scheduled = false;             // in this step
@@ -91,6 +97,7 @@ struct Engine::Running {
   absl::Time submitted, admitted;
   absl::Time first_token = absl::InfiniteFuture();
   absl::Time waiting_since = absl::InfiniteFuture();  // for memories
+  absl::Time loading_since = absl::InfiniteFuture();  // for their slots
   absl::Duration waited, waited_for_prompt, loading;
   std::optional<int32_t> stop_token_id;  // the one found
 };

@@ -10,6 +10,7 @@ namespace memory3 {
 
 std::vector<Engine::Work> Engine::Schedule(absl::Time* wake) {
   const absl::Time now = absl::Now();
+  ++step_;
   for (auto& sequence : running_) sequence->scheduled = false;
   budget_ = {decoder_->options().max_rows,
              std::min(decoder_->options().max_logit_rows, decoder_->options().max_rows),
@@ -31,7 +32,43 @@ std::vector<Engine::Work> Engine::Schedule(absl::Time* wake) {
   return batch;
 }
 
+bool Engine::Begin(Running& sequence) {
+  std::vector<KvPage> shared = FindShared(sequence);
+  // One that has no pages begins when there is room for all its tokens and a page for each of the
+  // others, so that it is not preempted at once. The oldest one always begins.
+  int holders = 0;
+  for (const auto& other : running_) holders += other->pages() > 0 ? 1 : 0;
+  const int pages = (sequence.feedable_end() + 1 + kKvPageTokens) / kKvPageTokens -
+                    static_cast<int>(shared.size());
+  const bool oldest = running_.front().get() == &sequence;
+  if (!oldest && holders > 0 && !EvictPrompts(pages + holders)) return false;
+
+  const int chunks = static_cast<int>(shared.size()) / prompts_.pages_per_chunk();
+  absl::StatusOr<Sequence> started = decoder_->Start(sequence.request.layout, std::move(shared));
+  if (!started.ok()) {
+    EndRequest(sequence, started.status());
+    return false;
+  }
+  sequence.sequence = *std::move(started);
+  sequence.shared_chunks = chunks;
+  if (chunks == 0) return true;
+  sequence.fed = sequence.sequence->length() - 1;  // `<s>` is token -1
+  for (int r = 0; r < chunks && sequence.reads_memories(); ++r) {
+    ChunkMemories& chunk = sequence.chunks[r];
+    chunk.fixed = true;
+    for (size_t i = chunk.from.size(); i < chunk.memories.size(); ++i)
+      chunk.from.push_back(chunk.memories[i].from_store ? v1::STORE : v1::HOST);
+  }
+  Unpin(sequence, sequence.retrieval_of(sequence.fed));
+  if (sequence.began) return true;  // it was preempted meanwhile
+  sequence.cached_tokens = sequence.sequence->length();
+  const std::lock_guard lock(mutex_);
+  stats_.cached_prompt_tokens += sequence.cached_tokens;
+  return true;
+}
+
 bool Engine::PlanSlice(Running& sequence, absl::Time now, absl::Time* wake, Work* work) {
+  if (sequence.pages() == 0 && !Begin(sequence)) return false;
   const int first = sequence.fed, feedable = sequence.feedable_end();
   work->sequence = &sequence;
   work->first = first;
@@ -43,47 +80,25 @@ bool Engine::PlanSlice(Running& sequence, absl::Time now, absl::Time* wake, Work
   limit = std::min(limit, std::max(first, first_logits) + budget_.logit_rows);
   if (limit <= first) return false;
 
-  if (!sequence.sequence) {
-    // One that has no pages begins when there is room for all its tokens and a page for each of
-    // the others, so that it is not preempted at once. The oldest one always begins.
-    int holders = 0;
-    for (const auto& other : running_) holders += other->pages() > 0 ? 1 : 0;
-    const int pages = (feedable + 1 + kKvPageTokens) / kKvPageTokens;
-    const bool oldest = running_.front().get() == &sequence;
-    if (!oldest && holders > 0 &&
-        decoder_->cache().free_pages() - budget_.pages_taken < pages + holders) {
-      return false;
-    }
-  }
-
   int end = first;
   while (end < limit) {
     const int r = sequence.retrieval_of(end);
     int run_end = end + 1;
     while (run_end < limit && sequence.retrieval_of(run_end) == r) ++run_end;
-    if (!MemoriesReady(sequence, r, now, wake) || !PinChunk(sequence, r)) break;
+    if (!MemoriesReady(sequence, r, now, wake)) break;
     MemoryRead read{run_end - end, {}};
-    if (r != ChunkGrid::kNoRetrieval) read.slots = sequence.chunks[r].slots;
+    if (r != ChunkGrid::kNoRetrieval) {
+      read.slots = sequence.chunks[r].slots;
+      sequence.chunks[r].step = step_;
+    }
     work->reads.push_back(std::move(read));
     end = run_end;
   }
   if (sequence.ended || end == first) return false;
 
-  if (!sequence.sequence) {
-    absl::StatusOr<Sequence> started = decoder_->Start(sequence.request.layout);
-    if (!started.ok()) {
-      EndRequest(sequence, started.status());
-      return false;
-    }
-    sequence.sequence = *std::move(started);
-  }
   if (!MakeRoom(sequence, Decoder::PagesNeeded(*sequence.sequence, end - first))) {
-    const int free = decoder_->cache().free_pages() - budget_.pages_taken;
-    const int room = (sequence.pages() + free) * kKvPageTokens - sequence.sequence->length();
-    if (room <= 0) {
-      if (sequence.pages() == 0) sequence.sequence.reset();
-      return false;
-    }
+    const int room = (sequence.pages() + FreePages()) * kKvPageTokens - sequence.sequence->length();
+    if (room <= 0) return false;
     end = std::min(end, first + room);
     int left = end - first;
     std::vector<MemoryRead> reads;
@@ -95,6 +110,7 @@ bool Engine::PlanSlice(Running& sequence, absl::Time now, absl::Time* wake, Work
     }
     work->reads = std::move(reads);
   }
+  sequence.began = true;
   work->end = end;
   work->logit_rows = std::max(0, end - std::max(first, first_logits));
   for (int t = first; t < end; ++t) {
@@ -107,42 +123,55 @@ bool Engine::PlanSlice(Running& sequence, absl::Time now, absl::Time* wake, Work
 bool Engine::MemoriesReady(Running& sequence, int retrieval, absl::Time now, absl::Time* wake) {
   if (retrieval == ChunkGrid::kNoRetrieval) return true;
   ChunkMemories& chunk = sequence.chunks[retrieval];
-  if (chunk.fixed) return true;
+  if (chunk.fixed && chunk.loaded) return true;
   const MemoryPlan& plan = sequence.request.memory;
   if (chunk.due == absl::InfiniteFuture()) chunk.due = now;
-  if (!chunk.answered) {
-    const absl::Duration limit =
-        sequence.gave_up ? absl::ZeroDuration() : plan.deadline.value_or(options_.wait_cap);
-    if (now < chunk.due + limit) {
-      *wake = std::min(*wake, chunk.due + limit);
+  const absl::Time limit =
+      chunk.due +
+      (sequence.gave_up ? absl::ZeroDuration() : plan.deadline.value_or(options_.wait_cap));
+  if (!chunk.fixed && !chunk.answered) {
+    if (now < limit) {
+      *wake = std::min(*wake, limit);
       if (sequence.waiting_since == absl::InfiniteFuture()) sequence.waiting_since = now;
       return false;
     }
     if (plan.deadline) {
       chunk.timed_out = true;
     } else {
-      chunk.result.status =
+      chunk.status =
           absl::UnavailableError(absl::StrCat("no memories came from the memory server within ",
                                               absl::FormatDuration(options_.wait_cap)));
       sequence.gave_up = true;
     }
   }
-  if (sequence.waiting_since != absl::InfiniteFuture()) {
-    const absl::Duration waited = now - sequence.waiting_since;
-    sequence.waited += waited;
-    if (sequence.generated == 0) sequence.waited_for_prompt += waited;
-    sequence.waiting_since = absl::InfiniteFuture();
-  }
-  if (!chunk.result.status.ok()) {
+  const auto add = [&](absl::Time* since, absl::Duration* total) {
+    if (*since == absl::InfiniteFuture()) return;
+    *total += now - *since;
+    if (sequence.generated == 0) sequence.waited_for_prompt += now - *since;
+    *since = absl::InfiniteFuture();
+  };
+  add(&sequence.waiting_since, &sequence.waited);
+  if (!chunk.fixed && !chunk.status.ok()) {
     if (plan.fail_if_unavailable) {
       EndRequest(sequence,
-                 absl::UnavailableError(absl::StrCat("memory: ", chunk.result.status.message())));
+                 absl::UnavailableError(absl::StrCat("memory: ", chunk.status.message())));
       return false;
     }
     chunk.unavailable = true;
   }
+  if (!PinChunk(sequence, retrieval, /*from_others=*/true)) {
+    if (sequence.ended) return false;
+    const bool drop = !chunk.fixed && plan.deadline && now >= limit;
+    if (!drop) {
+      if (!chunk.fixed && plan.deadline) *wake = std::min(*wake, limit);
+      if (sequence.loading_since == absl::InfiniteFuture()) sequence.loading_since = now;
+      return false;
+    }
+    DropUnloaded(sequence, retrieval);
+  }
+  add(&sequence.loading_since, &sequence.loading);
+  if (chunk.fixed) return true;
   chunk.fixed = true;
-  chunk.memories = std::move(chunk.result.memories);
   if (chunk.unavailable || chunk.timed_out) {
     const std::lock_guard lock(mutex_);
     ++stats_.retrieval_fallbacks;
@@ -150,71 +179,166 @@ bool Engine::MemoriesReady(Running& sequence, int retrieval, absl::Time now, abs
   return true;
 }
 
-bool Engine::PinChunk(Running& sequence, int retrieval) {
-  if (retrieval == ChunkGrid::kNoRetrieval) return true;
+bool Engine::PinChunk(Running& sequence, int retrieval, bool from_others) {
   ChunkMemories& chunk = sequence.chunks[retrieval];
-  if (chunk.pinned || chunk.memories.empty()) return true;
-  std::vector<std::shared_ptr<const HostMemory>> memories;
-  for (const ReadMemory& read : chunk.memories) memories.push_back(read.memory);
-  const absl::Time begin = absl::Now();
-  absl::StatusOr<std::vector<DeviceSlots::Pinned>> pinned = slots_->Pin(memories);
-  // Those that arrived last and are not in this step give way.
-  for (size_t i = running_.size(); i-- > 0 && absl::IsResourceExhausted(pinned.status());) {
-    Running& other = *running_[i];
-    if (&other == &sequence) break;
-    if (other.scheduled) continue;
-    Unpin(other, ChunkGrid::kNoRetrieval);
-    pinned = slots_->Pin(memories);
+  if (chunk.memories.empty()) chunk.loaded = true;
+  if (chunk.loaded) return true;
+  if (!chunk.pinned) {
+    std::vector<std::shared_ptr<const HostMemory>> memories;
+    for (const ReadMemory& read : chunk.memories) memories.push_back(read.memory);
+    absl::StatusOr<std::vector<DeviceSlots::Pinned>> pinned = slots_->Pin(memories);
+    while (!pinned.ok() && from_others && TakeSlots(sequence, retrieval))
+      pinned = slots_->Pin(memories);
+    if (!pinned.ok()) return false;
+    const bool first = chunk.from.empty();
+    uint64_t device_hits = 0;
+    for (size_t i = 0; i < pinned->size(); ++i) {
+      const DeviceSlots::Pinned& p = (*pinned)[i];
+      chunk.slots.push_back(p.slot);
+      if (!first) continue;
+      device_hits += p.was_there ? 1 : 0;
+      chunk.from.push_back(p.was_there                    ? v1::DEVICE
+                           : chunk.memories[i].from_store ? v1::STORE
+                                                          : v1::HOST);
+    }
+    chunk.pinned = true;
+    const std::lock_guard lock(mutex_);
+    stats_.device_hits += device_hits;
   }
-  sequence.loading += absl::Now() - begin;
-  if (absl::IsResourceExhausted(pinned.status())) return false;
-  if (!pinned.ok()) {
-    EndRequest(sequence, pinned.status());
-    return false;
+  for (const int slot : chunk.slots) {
+    const absl::StatusOr<bool> loaded = slots_->Loaded(slot);
+    if (!loaded.ok()) EndRequest(sequence, loaded.status());
+    if (!loaded.ok() || !*loaded) return false;
   }
-  const bool first = chunk.from.empty();
-  uint64_t device_hits = 0;
-  for (size_t i = 0; i < pinned->size(); ++i) {
-    const DeviceSlots::Pinned& p = (*pinned)[i];
-    chunk.slots.push_back(p.slot);
-    if (!first) continue;
-    device_hits += p.was_there ? 1 : 0;
-    chunk.from.push_back(p.was_there                    ? v1::DEVICE
-                         : chunk.memories[i].from_store ? v1::STORE
-                                                        : v1::HOST);
-  }
-  chunk.pinned = true;
-  const std::lock_guard lock(mutex_);
-  stats_.device_hits += device_hits;
+  chunk.loaded = true;
   return true;
+}
+
+bool Engine::TakeSlots(const Running& sequence, int retrieval) {
+  // What was loaded ahead of its time, of those that arrived last first.
+  for (size_t i = running_.size(); i-- > 0;) {
+    Running& other = *running_[i];
+    const int needed = &other == &sequence ? retrieval : other.retrieval_of(other.fed);
+    for (int r = static_cast<int>(other.chunks.size()); r-- > std::max(needed, 0) + 1;) {
+      if (!other.chunks[r].pinned || other.chunks[r].step == step_) continue;
+      UnpinChunk(other.chunks[r]);
+      return true;
+    }
+  }
+  // Those that arrived later and are not in this step give way.
+  for (size_t i = running_.size(); i-- > 0 && running_[i].get() != &sequence;) {
+    Running& other = *running_[i];
+    if (other.scheduled) continue;
+    for (ChunkMemories& chunk : other.chunks) {
+      if (!chunk.pinned) continue;
+      UnpinChunk(chunk);
+      return true;
+    }
+  }
+  return false;
+}
+
+void Engine::DropUnloaded(Running& sequence, int retrieval) {
+  ChunkMemories& chunk = sequence.chunks[retrieval];
+  std::vector<ReadMemory> memories;
+  std::vector<v1::ByteSource> from;
+  std::vector<int> slots;
+  for (size_t i = 0; i < chunk.slots.size(); ++i) {
+    if (!slots_->Loaded(chunk.slots[i]).value_or(false)) {
+      slots_->Unpin({&chunk.slots[i], 1});
+      continue;
+    }
+    memories.push_back(std::move(chunk.memories[i]));
+    from.push_back(chunk.from[i]);
+    slots.push_back(chunk.slots[i]);
+  }
+  chunk.memories = std::move(memories);
+  chunk.from = std::move(from);
+  chunk.slots = std::move(slots);
+  chunk.pinned = !chunk.slots.empty();
+  chunk.loaded = true;
+  chunk.timed_out = true;
+  // Keys computed from the whole answer are of another prompt.
+  if (static_cast<int>(sequence.prompt_keys.size()) > retrieval)
+    sequence.prompt_keys.resize(retrieval);
+}
+
+// ---- pages ----
+
+void Engine::ExtendPromptKeys(Running& sequence, int chunks) {
+  const int size = sequence.grid.chunk_tokens();
+  for (int c = static_cast<int>(sequence.prompt_keys.size()); c < chunks; ++c) {
+    std::vector<RecordId> memories;
+    if (sequence.reads_memories()) {
+      if (c >= static_cast<int>(sequence.chunks.size())) return;
+      const ChunkMemories& chunk = sequence.chunks[c];
+      if (!chunk.fixed && !(chunk.answered && chunk.status.ok())) return;
+      for (const ReadMemory& read : chunk.memories) memories.push_back(read.memory->id());
+    }
+    const Hash256 previous =
+        c > 0 ? sequence.prompt_keys[c - 1]
+              : PromptCache::Root(sequence.request.tenant, sequence.request.layout);
+    sequence.prompt_keys.push_back(
+        PromptCache::KeyOf(previous, std::span(sequence.tokens).subspan(int64_t{c} * size, size),
+                           std::move(memories)));
+  }
+}
+
+std::vector<KvPage> Engine::FindShared(Running& sequence) {
+  if (!prompts_.enabled()) return {};
+  ExtendPromptKeys(sequence, sequence.prompt_tokens() / sequence.grid.chunk_tokens());
+  return prompts_.Find(sequence.prompt_keys);
+}
+
+void Engine::SharePrompt(Running& sequence) {
+  if (!prompts_.enabled()) return;
+  const int size = sequence.grid.chunk_tokens(), pages = prompts_.pages_per_chunk();
+  const int whole = std::min(sequence.prompt_tokens(), sequence.sequence->length()) / size;
+  if (sequence.shared_chunks >= whole) return;
+  ExtendPromptKeys(sequence, whole);
+  for (int& c = sequence.shared_chunks; c < whole; ++c) {
+    prompts_.Insert(std::span(sequence.prompt_keys).first(c + 1),
+                    std::span(sequence.sequence->pages()).subspan(c * pages, pages));
+  }
+}
+
+int Engine::FreePages() const { return decoder_->cache().free_pages() - budget_.pages_taken; }
+
+bool Engine::EvictPrompts(int pages) {
+  while (FreePages() < pages && prompts_.Evict()) {
+  }
+  return FreePages() >= pages;
 }
 
 bool Engine::MakeRoom(Running& sequence, int pages) {
   for (size_t i = running_.size(); i-- > 0;) {
-    if (decoder_->cache().free_pages() - budget_.pages_taken >= pages) return true;
+    if (EvictPrompts(pages)) return true;
     Running& other = *running_[i];
     if (&other == &sequence) break;
     if (!other.scheduled && other.pages() > 0) Preempt(other);
   }
-  return decoder_->cache().free_pages() - budget_.pages_taken >= pages;
+  return EvictPrompts(pages);
 }
 
 void Engine::Preempt(Running& sequence) {
-  Unpin(sequence, ChunkGrid::kNoRetrieval);
+  Unpin(sequence, static_cast<int>(sequence.chunks.size()));
   sequence.sequence.reset();
   sequence.fed = ChunkGrid::kBos;
   const std::lock_guard lock(mutex_);
   ++stats_.preemptions;
 }
 
-void Engine::Unpin(Running& sequence, int keep_retrieval) {
-  for (int r = 0; r < static_cast<int>(sequence.chunks.size()); ++r) {
-    ChunkMemories& chunk = sequence.chunks[r];
-    if (!chunk.pinned || r == keep_retrieval) continue;
-    slots_->Unpin(chunk.slots);
-    chunk.slots.clear();
-    chunk.pinned = false;
+void Engine::Unpin(Running& sequence, int end_retrieval) {
+  for (int r = 0; r < end_retrieval; ++r) {
+    if (sequence.chunks[r].pinned) UnpinChunk(sequence.chunks[r]);
   }
+}
+
+void Engine::UnpinChunk(ChunkMemories& chunk) {
+  slots_->Unpin(chunk.slots);
+  chunk.slots.clear();
+  chunk.pinned = false;
+  chunk.loaded = false;
 }
 
 void Engine::Step(std::vector<Work>& batch) {
@@ -232,6 +356,7 @@ void Engine::Step(std::vector<Work>& batch) {
                !sequence.request.logprobs && sequence.generated >= sequence.request.min_new_tokens;
     }
   }
+  const absl::Time begin = absl::Now();
   absl::Status status = decoder_->Forward(slices);
   std::vector<int32_t> chosen;
   if (status.ok()) {
@@ -249,16 +374,18 @@ void Engine::Step(std::vector<Work>& batch) {
     for (Work& work : batch) EndRequest(*work.sequence, status);
     return;
   }
+  const absl::Time now = absl::Now();
   {
     const std::lock_guard lock(mutex_);
     stats_.prompt_tokens += prompt_tokens;
+    stats_.in_model += now - begin;
   }
-  const absl::Time now = absl::Now();
   const size_t vocabulary = decoder_->config().vocab_size;
   int row = 0;
   for (Work& work : batch) {
     Running& sequence = *work.sequence;
     sequence.fed = work.end;
+    SharePrompt(sequence);
     SendProvenance(sequence, work.end);
     if (work.logit_rows > 0) {
       UseLogits(work, chosen.empty() ? logits_.data() + row * vocabulary : nullptr,

@@ -98,7 +98,8 @@ void MemoryReader::Read(std::shared_ptr<MemoryBase> base, std::vector<ReadQuery>
     const int dimension = embedder_->dimension();
     std::vector<float> vectors(texts.size() * dimension);
     if (absl::Status status = embedder_->Embed(texts, vectors); !status.ok()) {
-      Finish(*retrieval, std::vector<ReadResult>(queries.size(), {status, {}}));
+      retrieval->queries.resize(queries.size());
+      Fail(*retrieval, status);
       return;
     }
     for (size_t i = 0; i < queries.size(); ++i) {
@@ -128,7 +129,7 @@ void MemoryReader::Received(const std::shared_ptr<Retrieval>& retrieval,
                                               " of ", retrieval->queries.size(), " queries"));
   }
   if (!answer.ok()) {
-    Finish(*retrieval, std::vector<ReadResult>(retrieval->queries.size(), {answer.status(), {}}));
+    Fail(*retrieval, answer.status());
     return;
   }
   // In the order of answers, before the next one: a record that a later answer believes to be here
@@ -174,16 +175,13 @@ void MemoryReader::Received(const std::shared_ptr<Retrieval>& retrieval,
       Ask(retrieval, std::move(missing));
       return;
     }
-    for (ReadResult& result : results) {
-      result = {absl::DataLossError(
-                    absl::StrCat("the bytes of record ", missing.front().ToHex(), " did not come")),
-                {}};
-    }
-    Finish(*retrieval, std::move(results));
+    Fail(*retrieval, absl::DataLossError(absl::StrCat("the bytes of record ",
+                                                      missing.front().ToHex(), " did not come")));
     return;
   }
   workers_.Add([this, retrieval, results = std::move(results)]() mutable {
-    for (ReadResult& result : results) {
+    for (size_t q = 0; q < results.size(); ++q) {
+      ReadResult& result = results[q];
       std::vector<ReadMemory> sound;
       for (ReadMemory& read : result.memories) {
         absl::Status status =
@@ -197,13 +195,18 @@ void MemoryReader::Received(const std::shared_ptr<Retrieval>& retrieval,
         }
       }
       result.memories = std::move(sound);
+      retrieval->done(q, std::move(result));
     }
-    Finish(*retrieval, std::move(results));
+    Finish(*retrieval);
   });
 }
 
-void MemoryReader::Finish(Retrieval& retrieval, std::vector<ReadResult> results) {
-  retrieval.done(std::move(results));
+void MemoryReader::Fail(Retrieval& retrieval, const absl::Status& status) {
+  for (size_t q = 0; q < retrieval.queries.size(); ++q) retrieval.done(q, {status, {}});
+  Finish(retrieval);
+}
+
+void MemoryReader::Finish(Retrieval& retrieval) {
   retrieval.done = nullptr;
   retrieval.base = nullptr;
   const std::lock_guard lock(mutex_);

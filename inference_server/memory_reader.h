@@ -103,9 +103,9 @@ class MemoryReader {
                const MemoryShape& shape, const MemoryReaderOptions& options);
   ~MemoryReader();
 
-  using Callback = std::function<void(std::vector<ReadResult>)>;
-  // One retrieval for all `queries`. `done` gets a result a query, on a thread of the reader or the
-  // source; it must not block.
+  using Callback = std::function<void(size_t query, ReadResult)>;
+  // One retrieval for all `queries`. `done` gets each query's result once, as soon as its memories
+  // are decoded, on a thread of the reader or the source; it must not block.
   void Read(std::shared_ptr<MemoryBase> base, std::vector<ReadQuery> queries, bool with_text,
             absl::Time deadline, Callback done);
   MemoryReaderStats stats() const;
@@ -122,7 +122,9 @@ class MemoryReader {
 
   void Ask(std::shared_ptr<Retrieval> retrieval, std::vector<RecordId> missing);
   void Received(const std::shared_ptr<Retrieval>& retrieval, absl::StatusOr<SourceAnswer> answer);
-  void Finish(Retrieval& retrieval, std::vector<ReadResult> results);
+  void Fail(Retrieval& retrieval, const absl::Status& status);
+  // All queries have their results.
+  void Finish(Retrieval& retrieval);
   void Drop(const Key& key);
   bool KeepsCodes(const Codec& codec) const {
     return options_.device_decodes_vq && codec.id() == CodecId::kVq;

@@ -23,18 +23,17 @@ class WorkerThreads {
     {
       const std::lock_guard lock(mutex_);
       ending_ = true;
+      changed_.notify_all();
     }
-    changed_.notify_all();
     for (std::thread& thread : threads_) thread.join();
   }
   WorkerThreads(const WorkerThreads&) = delete;
   WorkerThreads& operator=(const WorkerThreads&) = delete;
 
   void Add(std::function<void()> task) {
-    {
-      const std::lock_guard lock(mutex_);
-      tasks_.push_back(std::move(task));
-    }
+    const std::lock_guard lock(mutex_);
+    tasks_.push_back(std::move(task));
+    // Under the lock: the task may end what owns this object.
     changed_.notify_one();
   }
 

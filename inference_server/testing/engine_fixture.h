@@ -1,5 +1,5 @@
-// What the engine's tests share: a tokenizer of bytes, an embedder and a source of memories whose
-// answers follow from the query's text alone, a sink that keeps what it is sent.
+// What the engine's tests share: a fixture, a tokenizer of bytes, an embedder and a source of
+// memories whose answers follow from the query's text alone, a sink that keeps what it is sent.
 #pragma once
 
 #include <chrono>
@@ -270,6 +270,107 @@ class KeepingSink final : public EventSink {
   absl::Status status_;
   std::function<void()> on_event_;
   Once ended_;
+};
+
+inline constexpr int kTopK = 3;
+
+// A small model, the same for offline loops, and an engine over a FakeBase.
+class EngineTest : public ::testing::Test {
+ protected:
+  EngineTest() : device_(TestDevice()), config_(SmallConfig()) {
+    config_.explicit_memory->chunk_tokens = 64;
+    model_ = RandomModel(device_.get(), config_);
+    offline_device_ = TestDevice();
+    offline_ = TestDecoder(RandomModel(offline_device_.get(), config_));
+    std::vector<std::vector<int32_t>> references;
+    for (int i = 0; i < 13; ++i) references.push_back(RandomIds(config_, 8 + i, 50 + i));
+    memories_ = WriteMemories(*offline_, references);
+    base_ = std::make_shared<FakeBase>(memories_, config_.head_dim);
+  }
+  ~EngineTest() override {
+    engine_.reset();
+    reader_.reset();
+  }
+
+  void Start(DecoderOptions decoder = {}, EngineOptions options = {}, int64_t cache_bytes = 1 << 30,
+             bool device_decodes_vq = false) {
+    const ExplicitMemoryConfig& memory = *config_.explicit_memory;
+    reader_ = std::make_unique<MemoryReader>(
+        &embedder_, WriterOf("model"),
+        MemoryShape{static_cast<int>(memory.memory_layers.size()), config_.kv_heads,
+                    memory.tokens_kept, config_.head_dim},
+        MemoryReaderOptions{cache_bytes, 2, device_decodes_vq});
+    options.model_name = "small";
+    auto engine = Engine::Create(TestDecoder(model_, decoder), &tokenizer_, reader_.get(), options);
+    ASSERT_TRUE(engine.ok()) << engine.status();
+    engine_ = *std::move(engine);
+  }
+
+  EngineRequest Request(std::vector<int32_t> prompt, int max_new_tokens, bool memory = true) {
+    EngineRequest request;
+    request.prompt = std::move(prompt);
+    request.max_new_tokens = max_new_tokens;
+    if (memory) request.memory.base = base_;
+    request.memory.references_per_chunk = kTopK;
+    return request;
+  }
+  std::shared_ptr<KeepingSink> Submit(EngineRequest request, uint64_t* number = nullptr) {
+    auto sink = std::make_shared<KeepingSink>();
+    auto submitted = engine_->Submit(std::move(request), sink);
+    EXPECT_TRUE(submitted.ok()) << submitted.status();
+    if (number != nullptr && submitted.ok()) *number = *submitted;
+    return sink;
+  }
+  std::shared_ptr<KeepingSink> Run(EngineRequest request) {
+    auto sink = Submit(std::move(request));
+    const absl::Status status = sink->Wait();
+    EXPECT_TRUE(status.ok()) << status;
+    return sink;
+  }
+  Generation Offline(const EngineRequest& request) {
+    GenerateOptions options{.layout = request.layout,
+                            .max_new_tokens = request.max_new_tokens,
+                            .min_new_tokens = request.min_new_tokens,
+                            .stop_ids = request.stop_token_ids,
+                            .sampling = request.sampling};
+    auto generation = Generate(
+        *offline_, request.prompt,
+        request.memory.base ? base_->Offline(&tokenizer_, request.memory.references_per_chunk)
+                            : RetrieveFunction(),
+        options);
+    EXPECT_TRUE(generation.ok()) << generation.status();
+    return *std::move(generation);
+  }
+  // Everything is given back.
+  void ExpectIdle() {
+    const EngineStats stats = IdleStats();
+    EXPECT_EQ(stats.running, 0);
+    EXPECT_EQ(stats.waiting, 0);
+    EXPECT_EQ(stats.kv_pages_used, 0);
+    EXPECT_EQ(stats.memory_slots_pinned, 0);
+  }
+  // A sink's End comes before the engine's thread has counted; one more request orders them.
+  EngineStats IdleStats() {
+    Run(Request({5}, 1, false));
+    EngineStats stats = engine_->stats();
+    const absl::Time limit = absl::Now() + absl::Seconds(60);
+    while (stats.running > 0 && absl::Now() < limit) {
+      std::this_thread::yield();
+      stats = engine_->stats();
+    }
+    return stats;
+  }
+
+  std::unique_ptr<Device> device_, offline_device_;
+  ModelConfig config_;
+  std::shared_ptr<const Model> model_;
+  std::unique_ptr<Decoder> offline_;
+  std::vector<ExplicitMemory> memories_;
+  std::shared_ptr<FakeBase> base_;
+  ByteTokenizer tokenizer_;
+  NumberEmbedder embedder_;
+  std::unique_ptr<MemoryReader> reader_;
+  std::unique_ptr<Engine> engine_;
 };
 
 }  // namespace memory3
