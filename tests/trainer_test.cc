@@ -9,6 +9,7 @@
 #include <fstream>
 
 #include "absl/strings/str_cat.h"
+#include "nlohmann/json.hpp"
 #include "tests/child_process.h"
 #include "trainer/random.h"
 
@@ -135,7 +136,8 @@ TEST_F(TrainerTest, ContinualTrainingGoesOnFromAWarmedUpModel) {
                                               "--threads",
                                               "1"};
   ASSERT_EQ(Run(arguments), 0) << output_;
-  EXPECT_THAT(Bytes(Path("memory/model/config.json")), HasSubstr("explicit_memory"));
+  const auto config = nlohmann::json::parse(Bytes(Path("memory/model/config.json")));
+  EXPECT_EQ(config["explicit_memory"]["tokens_kept"], 8) << "what the schedule ends with";
   const std::string metrics = Bytes(Path("memory/metrics.jsonl"));
   EXPECT_THAT(metrics, HasSubstr("\"match_copy_five_memories\""));
   EXPECT_THAT(metrics, HasSubstr("\"tokens_kept\":8"));

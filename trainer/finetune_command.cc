@@ -74,16 +74,18 @@ absl::Status RunFinetune(FinetuneFlags& f) {
   StopOnSignals();
   auto checkpoint = Checkpoint::Open(f.model);
   if (!checkpoint.ok()) return checkpoint.status();
-  const ModelConfig config = (*checkpoint)->config();
+  ModelConfig config = (*checkpoint)->config();
   if (!config.explicit_memory) {
     return absl::FailedPreconditionError(absl::StrCat(
         f.model, ": config.json has no explicit_memory; train with --stage continual"));
   }
-  const ExplicitMemoryConfig& memory = *config.explicit_memory;
+  ExplicitMemoryConfig& memory = *config.explicit_memory;
   auto tokenizer = OpenTokenizer(f.model, config);
   if (!tokenizer.ok()) return tokenizer.status();
   auto kept = StepSchedule::Parse(f.kept, "tokens_kept", 0, memory.reference_tokens);
   if (!kept.ok()) return kept.status();
+  // The model keeps what it was trained to read at the end.
+  if (const int last = kept->At(f.run.schedule.steps - 1); last > 0) memory.tokens_kept = last;
   absl::StatusOr<HoldOut> hold_out = ParseHoldOut(f.hold_out_ids, f.hold_out_titles);
   if (!hold_out.ok()) return hold_out.status();
   auto embedder = MakeEmbedder(f.embedder, {.threads = f.device.threads});

@@ -226,6 +226,13 @@ absl::Status RunPretrain(PretrainFlags& f) {
     }
     memory.prefix_token_ids = PrefixTokenIds(**tokenizer);
   }
+  if (continual) {
+    // The model keeps what it was trained to read at the end.
+    auto kept =
+        StepSchedule::Parse(f.kept, "tokens_kept", 1, config->explicit_memory->reference_tokens);
+    if (!kept.ok()) return kept.status();
+    config->explicit_memory->tokens_kept = kept->At(f.run.schedule.steps - 1);
+  }
   int taken = 0;  // positions before the sequence
   if (continual) {
     taken = static_cast<int>(config->explicit_memory->prefix_token_ids.size()) +

@@ -75,6 +75,7 @@ absl::StatusOr<TrainingBatch> QaBatches::Make(int64_t number) {
                          : static_cast<int>(std::lround(options_.cloze * options_.questions));
   const int asked = options_.questions - clozes;
   std::vector<const QaExample*> examples;
+  examples.reserve(options_.questions);
   for (int i = 0; i < asked; ++i) examples.push_back(&At(&questions_, number * asked + i));
   for (int i = 0; i < clozes; ++i) examples.push_back(&At(&clozes_, number * clozes + i));
   kinds_.assign(asked, "question");

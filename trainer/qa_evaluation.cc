@@ -89,6 +89,7 @@ class Examiner {
   absl::Status Write(const std::vector<int>& references, bool vq,
                      std::vector<RetrievedMemory>* memories) {
     std::vector<std::vector<int32_t>> texts;
+    texts.reserve(references.size());
     for (const int r : references) texts.push_back(store_.reference(r).token_ids);
     auto written = writer_->Write(texts);
     if (!written.ok()) return written.status();
