@@ -230,7 +230,8 @@ absl::StatusOr<std::unique_ptr<MemoryClient>> MemoryClient::Create(MemoryClientO
         -1);  // hits of many queries may be long; records come in pieces
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a connection of its own
     arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-    arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
+    // Despite its name how long an attempt may take, its TLS handshake included.
+    arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 2000);
     arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 5000);
     client->channels_.push_back(
         grpc::CreateCustomChannel(client->options_.target, *credentials, arguments));

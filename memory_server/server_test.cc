@@ -2,11 +2,14 @@
 // all of it.
 #include "memory_server/server.h"
 
+#include <grpcpp/client_context.h>
+#include <grpcpp/create_channel.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
 #include <thread>
 
+#include "memory/codec.h"
 #include "memory_server/client.h"
 #include "memory_server/conversions.h"
 #include "memory_server/rocksdb_store.h"
@@ -143,6 +146,72 @@ TEST_F(ServerTest, ManyClientsAtOnceSeeWholeAnswersOnly) {
   EXPECT_EQ(wrong, 0);
   EXPECT_EQ(answers, 3 * 2 * kRounds);
   server_->Shutdown(absl::Seconds(20));
+}
+
+TEST_F(ServerTest, StreamsMayEndInTheMiddleOfAnAnswer) {
+  constexpr int kThreads = 4, kRecords = 24;
+  constexpr int kLayers = 16, kHeadDim = 2048;  // 256 KiB a record: a message each
+  KnowledgeBaseSpec spec = store_testing::SmallSpec("large");
+  spec.geometry = {{}, 1, kHeadDim, 1, 128};
+  for (uint32_t layer = 0; layer < kLayers; ++layer) spec.geometry.memory_layers.push_back(layer);
+  const absl::Status created = store_->CreateKnowledgeBase("default", spec, false).status();
+  ASSERT_TRUE(created.ok()) << created;
+  ExplicitMemory memory;
+  memory.shape = {kLayers, 1, 1, kHeadDim};
+  memory.reference_tokens = 128;
+  memory.values.assign(memory.shape.values(), 0.5f);
+  const absl::StatusOr<std::string> record =
+      EncodeRecord(memory, store_testing::FingerprintOf("writer"), *MakeF32Codec(kHeadDim));
+  ASSERT_TRUE(record.ok()) << record.status();
+  const auto client = Connect();
+  const auto writer = client->Put("large");
+  for (uint64_t n = 0; n < kRecords; ++n) ASSERT_TRUE(writer->Write(EntryOf(n), *record).ok());
+  ASSERT_TRUE(writer->Finish().ok());
+
+  v1::RetrieveRequest request;
+  request.set_knowledge_base("large");
+  const std::vector<float> vector = store_testing::MakeVector(1);
+  request.add_queries()->mutable_embedding()->Add(vector.begin(), vector.end());
+  request.mutable_queries(0)->set_top_k(kRecords);
+  const auto channel = grpc::CreateChannel("127.0.0.1:" + std::to_string(server_->port()),
+                                           grpc::InsecureChannelCredentials());
+  std::atomic<int> whole{0};
+  const auto leave_early = [&](int seed) {
+    const auto stub = v1::MemoryService::NewStub(channel);
+    for (int round = 0; round < 15; ++round) {
+      grpc::ClientContext context;
+      const auto stream = stub->Retrieve(&context);
+      stream->Write(request);
+      v1::RetrieveResponse message;
+      const int messages = (round + seed) % 5 * kRecords / 3;  // none, some, or all
+      bool last = false;
+      for (int i = 0; i < messages && !last && stream->Read(&message); ++i) last = message.last();
+      if (last) {
+        ++whole;
+        stream->WritesDone();
+      } else {
+        context.TryCancel();
+      }
+      EXPECT_EQ(stream->Finish().ok(), last);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) threads.emplace_back(leave_early, t);
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(whole, kThreads * 6);
+  // The server is none the worse, and ends although a client that does not read is in an answer.
+  const absl::StatusOr<RetrieveAnswer> answer = client->OpenRetrieve()->Retrieve(request);
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  EXPECT_EQ(answer->records.size(), kRecords);
+  for (const auto& [id, bytes] : answer->records) EXPECT_EQ(*bytes, *record);
+  grpc::ClientContext idle;
+  const auto stuck = v1::MemoryService::NewStub(channel)->Retrieve(&idle);
+  stuck->Write(request);
+  v1::RetrieveResponse first;
+  ASSERT_TRUE(stuck->Read(&first));
+  server_->Shutdown(absl::Milliseconds(200));
+  idle.TryCancel();
+  EXPECT_FALSE(stuck->Finish().ok());
 }
 
 }  // namespace
