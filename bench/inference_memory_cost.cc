@@ -28,11 +28,6 @@ namespace {
 constexpr int kIn = 128, kOut = 128;
 constexpr uint32_t kTopK = 5;
 
-double Median(std::vector<double> v) {
-  std::nth_element(v.begin(), v.begin() + v.size() / 2, v.end());
-  return v[v.size() / 2];
-}
-
 // Answers what `inner` does, with another record in the place of each that this round has had.
 class DistinctBase final : public MemoryBase {
  public:
@@ -163,7 +158,7 @@ int Main(int argc, char** argv) {
   int rounds = 3;
   InferenceWorldOptions options;
   app.add_option("--out", out, "where inference_memory_cost.json goes");
-  app.add_option("--rounds", rounds, "counted rounds of each");
+  app.add_option("--rounds", rounds, "counted rounds of each")->check(CLI::PositiveNumber);
   app.add_option("--directory", options.directory, "where model and knowledge base are kept");
   app.add_option("--references", options.references, "in the knowledge base");
   app.add_option("--codec", codec, "f32, bf16 or int8");

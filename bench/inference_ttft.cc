@@ -21,11 +21,6 @@ namespace {
 
 constexpr int kQuestion = 64, kReference = 128, kReferences = 5;
 
-double Median(std::vector<double> v) {
-  std::nth_element(v.begin(), v.begin() + v.size() / 2, v.end());
-  return v[v.size() / 2];
-}
-
 // Seconds to the first token.
 double FirstToken(InferenceWorld& world, std::vector<int32_t> prompt, bool memory) {
   EngineRequest request;

@@ -9,9 +9,12 @@
 // Thread-safety: one thread. Reads MEMORY3_DATA (default ../shared/data); errors end the process.
 #pragma once
 
+#include <algorithm>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -37,6 +40,12 @@ template <typename T>
 T Must(absl::StatusOr<T> value) {
   Must(value.status());
   return *std::move(value);
+}
+
+// Of an even number the mean of the middle two.
+inline double Median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return (v[(v.size() - 1) / 2] + v[v.size() / 2]) / 2;
 }
 
 struct InferenceWorldOptions {
