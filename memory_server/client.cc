@@ -289,6 +289,29 @@ absl::StatusOr<MemoryClient::FetchedRecord> MemoryClient::GetRecord(
   return result;
 }
 
+absl::StatusOr<bool> MemoryClient::HasRecord(const std::string& knowledge_base,
+                                             const RecordId& id) {
+  v1::GetRecordRequest request;
+  request.set_knowledge_base(knowledge_base);
+  request.set_record_id(std::string(id.view()));
+  bool has = false;
+  const absl::Status status =
+      Attempt(/*repeat=*/true, [&](Stub& stub, grpc::ClientContext* context) {
+        const auto reader = stub.GetRecord(context, request);
+        v1::GetRecordResponse message;
+        has = reader->Read(&message);
+        if (!has || message.record_piece().size() == message.record_bytes()) {
+          return reader->Finish();
+        }
+        context->TryCancel();  // the first message says it all
+        reader->Finish();
+        return grpc::Status::OK;
+      });
+  if (absl::IsNotFound(status)) return false;
+  if (!status.ok()) return status;
+  return has;
+}
+
 std::unique_ptr<KnowledgeBaseWriter> MemoryClient::Put(const std::string& knowledge_base,
                                                        bool wait) {
   std::unique_ptr<KnowledgeBaseWriter> writer(new KnowledgeBaseWriter(options_.api_key));

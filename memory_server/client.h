@@ -158,6 +158,8 @@ class MemoryClient {
     std::string record;  // checked
   };
   absl::StatusOr<FetchedRecord> GetRecord(const v1::GetRecordRequest& request);
+  // Whether the published version has the record; its bytes stay where they are.
+  absl::StatusOr<bool> HasRecord(const std::string& knowledge_base, const RecordId& id);
   std::unique_ptr<KnowledgeBaseWriter> Put(const std::string& knowledge_base, bool wait = true);
   std::unique_ptr<LoadWriter> PutLoad(const std::string& load_id);
   std::unique_ptr<RetrieveStream> OpenRetrieve();

@@ -66,7 +66,7 @@ ChildProcess::~ChildProcess() {
 }
 
 std::optional<std::string> ChildProcess::WaitForLine(const std::string& regex,
-                                                     std::chrono::seconds timeout) {
+                                                     std::chrono::milliseconds timeout) {
   const std::regex pattern(regex);
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   size_t seen = 0;

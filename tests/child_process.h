@@ -28,8 +28,8 @@ class ChildProcess {
   // Waits for a line of output that matches the regular expression, also one from before; answers
   // its first group (the line, if it has none). Nothing after `timeout` or when the process ends
   // without it.
-  std::optional<std::string> WaitForLine(const std::string& regex,
-                                         std::chrono::seconds timeout = std::chrono::seconds(60));
+  std::optional<std::string> WaitForLine(
+      const std::string& regex, std::chrono::milliseconds timeout = std::chrono::seconds(60));
   void Signal(int signal);
   // Waits for the end; the exit code, or -signal. Kills it after `timeout`.
   int Wait(std::chrono::seconds timeout = std::chrono::seconds(60));
