@@ -116,8 +116,9 @@ absl::Status CheckLogs(rocksdb::Env* env, const std::string& directory) {
   }
   for (const std::string& name : logs) {
     // A file that is not there is for RocksDB to judge.
-    if (!env->FileExists(directory + "/" + name).ok()) continue;
-    if (absl::Status s = CheckLog(env, directory + "/" + name); !s.ok()) return s;
+    const std::string path = Message(directory, "/", name);
+    if (!env->FileExists(path).ok()) continue;
+    if (absl::Status s = CheckLog(env, path); !s.ok()) return s;
   }
   return absl::OkStatus();
 }

@@ -105,8 +105,8 @@ class RetryableFileSystem : public rocksdb::FileSystemWrapper {
 }  // namespace
 
 std::shared_ptr<rocksdb::FileSystem> MakeRetryableFileSystem(
-    std::shared_ptr<rocksdb::FileSystem> below) {
-  return std::make_shared<RetryableFileSystem>(std::move(below));
+    const std::shared_ptr<rocksdb::FileSystem>& below) {
+  return std::make_shared<RetryableFileSystem>(below);
 }
 
 }  // namespace memory3

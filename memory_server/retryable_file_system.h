@@ -20,6 +20,6 @@ namespace memory3 {
 inline constexpr char kNoSpaceMark[] = "the disk is full";
 
 std::shared_ptr<rocksdb::FileSystem> MakeRetryableFileSystem(
-    std::shared_ptr<rocksdb::FileSystem> below);
+    const std::shared_ptr<rocksdb::FileSystem>& below);
 
 }  // namespace memory3

@@ -402,6 +402,7 @@ std::string StoreModel::RetrieveDifference(MemoryStore* store, std::mt19937_64* 
     if (!query.min_score || s >= *query.min_score) score[id] = s;
   }
   std::vector<std::pair<float, RecordId>> expected;
+  expected.reserve(score.size());
   for (const auto& [id, s] : score) expected.emplace_back(-s, id);
   std::sort(expected.begin(), expected.end());
   if (expected.size() > query.top_k) expected.resize(query.top_k);

@@ -460,6 +460,7 @@ TEST_F(StoreTest, ManyThreadsAtOnce) {
   ASSERT_TRUE(PutOne(*always).ok());
   std::atomic<bool> stop{false};
   std::vector<std::thread> threads;
+  threads.reserve(3);
   for (int w = 0; w < 2; ++w) {
     threads.emplace_back([&, w] {
       for (uint64_t i = 0; i < 60; ++i) {
@@ -485,6 +486,7 @@ TEST_F(StoreTest, ManyThreadsAtOnce) {
     EXPECT_TRUE(store_->CreateSnapshot("busy").ok());
   });
   std::vector<std::thread> readers;
+  readers.reserve(2);
   for (int r = 0; r < 2; ++r) {
     readers.emplace_back([&] {
       while (!stop) {

@@ -1,6 +1,7 @@
 #include "memory_server/version_index.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "memory_server/dot.h"
 #include "memory_server/message.h"
@@ -11,9 +12,10 @@ VersionIndex::Tail::~Tail() {
   for (uint32_t c = 0; c < kMaxChunks && chunks[c] != nullptr; ++c) delete chunks[c].load();
 }
 
-VersionIndex::VersionIndex(std::shared_ptr<const BaseIndex> base) : state_(NewState(base)) {
+VersionIndex::VersionIndex(std::shared_ptr<const BaseIndex> base)
+    : state_(NewState(std::move(base))) {
   uint64_t distinct = 0;
-  std::span<const SlotKey> keys = base->keys();
+  std::span<const SlotKey> keys = state_->base->keys();
   for (size_t i = 0; i < keys.size(); ++i) {
     distinct += i == 0 || keys[i].record_id != keys[i - 1].record_id;
   }
