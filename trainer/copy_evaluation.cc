@@ -49,6 +49,7 @@ absl::StatusOr<double> CopyExactMatch(const Parameters& parameters, CopyLevel le
     // The last value may end with a token that is a target only.
     const CopyQuery& query = queries[Random({seed, e, 1}).Below(queries.size())];
     std::vector<int32_t> value;
+    value.reserve(query.tokens);
     for (int i = 0; i < query.tokens; ++i) {
       value.push_back(batch.sequences[0].targets[query.key_end + i]);
     }
