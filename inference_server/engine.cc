@@ -497,7 +497,10 @@ void Engine::Sampled(Running& sequence, int32_t id, const float* logits, absl::T
     const auto set = [&](v1::TokenLogprob* proto, int32_t token, float logprob) {
       proto->set_token_id(token);
       proto->set_logprob(logprob);
-      proto->set_text(tokenizer_->Decode({&token, 1}));
+      // As it continues a text: Decode would drop the leading space of a text of its own.
+      DecodeStream text(tokenizer_, /*at_start=*/false);
+      const std::string whole = text.Push(token);
+      proto->set_text(whole + text.Finish());
     };
     v1::TokenLogprobs& logprobs = *delta.add_logprobs();
     set(logprobs.mutable_chosen(), id, Logprob(row, id));
