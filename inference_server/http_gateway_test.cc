@@ -311,7 +311,8 @@ TEST_F(HttpGatewayTest, ThePageShowsBothAnswersAndWhatTheyRead) {
                   ".venv/bin/python -c 'import selenium' 2>/dev/null") != 0)
     GTEST_SKIP() << "no chromium, chromium-driver or selenium (tools/setup installs them)";
   Start(/*memory=*/true);
-  EXPECT_EQ(RunPython("web_page.py", ""), 0);
+  const char* screenshot = std::getenv("MEMORY3_SCREENSHOT");  // a file, for who wants to look
+  EXPECT_EQ(RunPython("web_page.py", screenshot != nullptr ? screenshot : ""), 0);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <system_error>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -100,11 +101,15 @@ bool HttpListener::Lane::TryRun(std::function<void()> task) {
   std::lock_guard lock(mutex_);
   const int waiting = static_cast<int>(tasks_.size());
   if (waiting >= idle_) {
-    if (static_cast<int>(threads_.size()) < max_threads_) {
-      threads_.emplace_back([this] { Work(); });
-    } else if (waiting - idle_ >= max_queue_) {
-      return false;
+    bool more = static_cast<int>(threads_.size()) < max_threads_;
+    if (more) {
+      try {
+        threads_.emplace_back([this] { Work(); });
+      } catch (const std::system_error&) {  // the system gives no more threads
+        more = false;
+      }
     }
+    if (!more && (threads_.empty() || waiting - idle_ >= max_queue_)) return false;
   }
   tasks_.push_back(std::move(task));
   added_.notify_one();
