@@ -74,7 +74,7 @@ struct QaExampleCounts {
 
 // Cuts the passages into `store` and finds each question's gold reference, the first piece that has
 // the answer's words in a row (where none has: the first piece, or no example if `skip`), and
-// `others` more. Reads `references` tokens a piece.
+// `others` more. A piece has at most `reference_tokens` tokens.
 absl::StatusOr<std::vector<QaExample>> MakeQaExamples(const std::vector<Question>& questions,
                                                       const Tokenizer& tokenizer,
                                                       int reference_tokens, int others, bool skip,
