@@ -31,7 +31,7 @@ class TextOutput {
   const std::string& stop() const { return stop_; }  // the one found
 
  private:
-  std::string Add(std::string text, bool may_stop) {
+  std::string Add(const std::string& text, bool may_stop) {
     if (stopped()) return {};
     held_ += text;
     if (!may_stop) return std::exchange(held_, {});
