@@ -30,15 +30,14 @@ void PutFloat(int field, float v, std::string* out) {
 
 }  // namespace
 
-struct SentencePieceModel::Impl {
+struct UnigramModel::Impl {
   sentencepiece::SentencePieceProcessor processor;
 };
 
-SentencePieceModel::SentencePieceModel(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-SentencePieceModel::~SentencePieceModel() = default;
+UnigramModel::UnigramModel(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+UnigramModel::~UnigramModel() = default;
 
-std::unique_ptr<SentencePieceModel> SentencePieceModel::Parse(std::string_view bytes,
-                                                              std::string* error) {
+std::unique_ptr<UnigramModel> UnigramModel::Parse(std::string_view bytes, std::string* error) {
   auto impl = std::make_unique<Impl>();
   const auto status =
       impl->processor.LoadFromSerializedProto(absl::string_view(bytes.data(), bytes.size()));
@@ -46,10 +45,10 @@ std::unique_ptr<SentencePieceModel> SentencePieceModel::Parse(std::string_view b
     *error = status.ToString();
     return nullptr;
   }
-  return std::unique_ptr<SentencePieceModel>(new SentencePieceModel(std::move(impl)));
+  return std::unique_ptr<UnigramModel>(new UnigramModel(std::move(impl)));
 }
 
-std::unique_ptr<SentencePieceModel> SentencePieceModel::Build(
+std::unique_ptr<UnigramModel> UnigramModel::Build(
     const std::vector<std::pair<std::string, float>>& pieces, int unknown_id, int control_end,
     const std::string& mask, const std::string& charsmap, std::string* error) {
   enum PieceType { kNormal = 1, kUnknown = 2, kControl = 3 };
@@ -77,13 +76,13 @@ std::unique_ptr<SentencePieceModel> SentencePieceModel::Build(
   return Parse(model, error);
 }
 
-void SentencePieceModel::Encode(std::string_view text, std::vector<int>* ids) const {
+void UnigramModel::Encode(std::string_view text, std::vector<int>* ids) const {
   if (!impl_->processor.Encode(absl::string_view(text.data(), text.size()), ids).ok()) ids->clear();
 }
 
-int SentencePieceModel::size() const { return impl_->processor.GetPieceSize(); }
-int SentencePieceModel::unknown_id() const { return impl_->processor.unk_id(); }
-int SentencePieceModel::PieceId(const std::string& piece) const {
+int UnigramModel::size() const { return impl_->processor.GetPieceSize(); }
+int UnigramModel::unknown_id() const { return impl_->processor.unk_id(); }
+int UnigramModel::PieceId(const std::string& piece) const {
   return impl_->processor.PieceToId(piece);
 }
 

@@ -13,17 +13,17 @@
 
 namespace memory3 {
 
-class SentencePieceModel {
+class UnigramModel {
  public:
   // From a .model file's bytes. Null on failure, with the reason in `error`.
-  static std::unique_ptr<SentencePieceModel> Parse(std::string_view bytes, std::string* error);
+  static std::unique_ptr<UnigramModel> Parse(std::string_view bytes, std::string* error);
   // From pieces with their scores, in the order of their ids, and SentencePiece's compiled table of
   // character replacements. Pieces with an id below `control_end` other than `unknown_id` are
   // control symbols, and `mask` likewise; text never encodes to them.
-  static std::unique_ptr<SentencePieceModel> Build(
+  static std::unique_ptr<UnigramModel> Build(
       const std::vector<std::pair<std::string, float>>& pieces, int unknown_id, int control_end,
       const std::string& mask, const std::string& charsmap, std::string* error);
-  ~SentencePieceModel();
+  ~UnigramModel();
 
   // Replaces *ids by those of `text`.
   void Encode(std::string_view text, std::vector<int>* ids) const;
@@ -33,7 +33,7 @@ class SentencePieceModel {
 
  private:
   struct Impl;
-  explicit SentencePieceModel(std::unique_ptr<Impl> impl);
+  explicit UnigramModel(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 

@@ -22,7 +22,7 @@ using nlohmann::json;
 // it, put <s>, <pad>, </s>, <unk> in front, so that piece k >= 3 has id k + 1.
 class XlmRobertaTokenizer : public TextTokenizer {
  public:
-  XlmRobertaTokenizer(std::unique_ptr<SentencePieceModel> model, int offset, int32_t unknown,
+  XlmRobertaTokenizer(std::unique_ptr<UnigramModel> model, int offset, int32_t unknown,
                       int32_t begin, int32_t end)
       : model_(std::move(model)), offset_(offset), unknown_(unknown), begin_(begin), end_(end) {}
 
@@ -41,7 +41,7 @@ class XlmRobertaTokenizer : public TextTokenizer {
   int32_t max_id() const override { return model_->size() - 1 + offset_; }
 
  private:
-  std::unique_ptr<SentencePieceModel> model_;
+  std::unique_ptr<UnigramModel> model_;
   int offset_;
   int32_t unknown_, begin_, end_;
 };
@@ -230,7 +230,7 @@ absl::StatusOr<std::unique_ptr<TextTokenizer>> UnigramFromJson(const json& root,
     }
   }
   std::string error;
-  std::unique_ptr<SentencePieceModel> built = SentencePieceModel::Build(
+  std::unique_ptr<UnigramModel> built = UnigramModel::Build(
       pieces, unknown.get<int>(), /*control_end=*/std::min<int>(4, pieces.size()), "<mask>",
       charsmap, &error);
   if (built == nullptr) return FieldError(source, "model", absl::StrCat("is refused: ", error));
@@ -281,7 +281,7 @@ absl::StatusOr<LoadedTokenizer> LoadTextTokenizer(const std::string& directory,
     tokenizer = WordPieceFromVocabulary(*bytes, path, settings, settings_path);
   } else {
     std::string error;
-    std::unique_ptr<SentencePieceModel> model = SentencePieceModel::Parse(*bytes, &error);
+    std::unique_ptr<UnigramModel> model = UnigramModel::Parse(*bytes, &error);
     if (model == nullptr) return FieldError(path, "the model", absl::StrCat("is refused: ", error));
     if (model->unknown_id() != 0 || model->PieceId("<s>") != 1 || model->PieceId("</s>") != 2) {
       return FieldError(path, "the model", "does not start with <unk>, <s>, </s>");
