@@ -83,7 +83,7 @@ EmbeddedMemorySource::EmbeddedMemorySource(MemoryStore* store, ReaderIdentity re
     : store_(store), reader_(std::move(reader)), worker_(1) {}
 
 absl::StatusOr<std::shared_ptr<MemoryBase>> EmbeddedMemorySource::Open(
-    std::string_view tenant, std::string_view knowledge_base) {
+    std::string_view tenant, std::string_view knowledge_base, absl::Time) {
   absl::StatusOr<std::shared_ptr<const VersionPin>> pin =
       store_->Pin(tenant, knowledge_base, std::nullopt);
   if (!pin.ok()) return pin.status();

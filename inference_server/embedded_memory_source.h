@@ -24,7 +24,8 @@ class EmbeddedMemorySource final : public MemorySource {
   ~EmbeddedMemorySource() override = default;
 
   absl::StatusOr<std::shared_ptr<MemoryBase>> Open(std::string_view tenant,
-                                                   std::string_view knowledge_base) override;
+                                                   std::string_view knowledge_base,
+                                                   absl::Time deadline) override;
   absl::StatusOr<std::vector<std::string>> List(std::string_view tenant) override;
 
  private:

@@ -173,7 +173,8 @@ absl::StatusOr<uint64_t> Engine::Submit(EngineRequest request, std::shared_ptr<E
     running->tokens.insert(running->tokens.end(), running->request.continuation->begin(),
                            running->request.continuation->end());
   }
-  running->submitted = absl::Now();
+  running->waited = running->request.memory.waited;
+  running->submitted = absl::Now() - running->waited;
   uint64_t number = 0;
   {
     const std::lock_guard lock(mutex_);
@@ -403,7 +404,8 @@ void Engine::StartRetrievals() {
       const int r = static_cast<int>(sequence.chunks.size());
       ChunkMemories& chunk = sequence.chunks.emplace_back();
       // Those of the prompt are due at once, together.
-      if (r < sequence.grid.prompt_retrievals()) chunk.due = sequence.admitted;
+      if (r < sequence.grid.prompt_retrievals())
+        chunk.due = sequence.admitted - sequence.request.memory.waited;
       const MemoryPlan& plan = sequence.request.memory;
       if (plan.base == nullptr) {
         chunk.answered = true;
@@ -583,7 +585,8 @@ void Engine::FinishRequest(Running& sequence, v1::FinishReason reason, absl::Tim
   usage.set_cached_prompt_tokens(sequence.cached_tokens);
   v1::Timings& timings = *finish.mutable_timings();
   const absl::Time first = std::min(sequence.first_token, now);
-  Set(timings.mutable_queue(), sequence.admitted - sequence.submitted);
+  Set(timings.mutable_queue(),
+      sequence.admitted - sequence.submitted - sequence.request.memory.waited);
   Set(timings.mutable_retrieve(), sequence.waited);
   Set(timings.mutable_load(), sequence.loading);
   Set(timings.mutable_prefill(),

@@ -56,6 +56,8 @@ struct EngineOptions {
 struct MemoryPlan {
   std::shared_ptr<MemoryBase> base;
   bool unavailable = false;  // a base was asked for but cannot be reached: chunks say so
+  // Spent on looking the base up: counts as waiting for the prompt's memories.
+  absl::Duration waited;
   uint32_t references_per_chunk = 5;
   std::optional<float> min_score;
   v1::Filter filter;

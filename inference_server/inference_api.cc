@@ -1,6 +1,10 @@
 #include "inference_server/inference_api.h"
 
+#include <prometheus/text_serializer.h>
+
 #include <algorithm>
+#include <condition_variable>
+#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -115,9 +119,10 @@ std::shared_ptr<EventSink> CollectUnary(Inference::UnaryCallback done) {
 
 // Requests that were taken and have not ended, and how long those took that did.
 struct Inference::RequestCount {
-  absl::Mutex mutex;
-  int running ABSL_GUARDED_BY(mutex) = 0;
-  double mean_seconds ABSL_GUARDED_BY(mutex) = 1;  // exponential, over about the last 16
+  std::mutex mutex;  // guards what follows
+  std::condition_variable ended;
+  int running = 0;
+  double mean_seconds = 1;  // exponential, over about the last 16
 };
 
 // Passes events on and tells the metrics of them.
@@ -154,8 +159,8 @@ class Inference::ObservedSink final : public EventSink {
     metrics_->Ended(status.ok() ? outcome_ : absl::StatusCodeToString(status.code()), took);
     sink_->End(std::move(status));
     sink_.reset();
-    absl::MutexLock lock(&requests_->mutex);
-    --requests_->running;
+    const std::lock_guard lock(requests_->mutex);
+    if (--requests_->running == 0) requests_->ended.notify_all();
     requests_->mean_seconds += (absl::ToDoubleSeconds(took) - requests_->mean_seconds) / 16;
   }
 
@@ -194,7 +199,7 @@ Inference::Inference()
 Inference::~Inference() { Drain(absl::ZeroDuration()); }
 
 void Inference::Serve(std::unique_ptr<LoadedModel> model) {
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   if (state_ != State::kLoading) return;
   model_ = std::move(model);
   state_ = State::kServing;
@@ -203,31 +208,31 @@ void Inference::Serve(std::unique_ptr<LoadedModel> model) {
 void Inference::Drain(absl::Duration limit) {
   const absl::Time deadline = absl::Now() + limit;
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     if (state_ == State::kDraining && model_ == nullptr) return;
     state_ = State::kDraining;
   }
   {
-    absl::MutexLock lock(&requests_->mutex);
-    requests_->mutex.AwaitWithDeadline(
-        absl::Condition(
-            +[](RequestCount* requests)
-                 ABSL_NO_THREAD_SAFETY_ANALYSIS { return requests->running == 0; },
-            requests_.get()),
-        deadline);
+    // Those that got in before are counted as requests by the time they leave.
+    std::unique_lock lock(mutex_);
+    left_.wait_until(lock, absl::ToChronoTime(deadline), [this] { return calls_ == 0; });
+  }
+  {
+    std::unique_lock lock(requests_->mutex);
+    requests_->ended.wait_until(lock, absl::ToChronoTime(deadline),
+                                [this] { return requests_->running == 0; });
   }
   std::unique_ptr<LoadedModel> model;
   {
-    absl::MutexLock lock(&mutex_);
-    mutex_.Await(absl::Condition(
-        +[](int* calls) { return *calls == 0; }, &calls_));
+    std::unique_lock lock(mutex_);
+    left_.wait(lock, [this] { return calls_ == 0; });
     model = std::move(model_);
   }
   model.reset();  // ends what still runs
 }
 
 absl::StatusOr<Inference::Use> Inference::Enter() const {
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   if (state_ == State::kLoading) return absl::UnavailableError("the model is being loaded");
   if (state_ == State::kDraining) return absl::UnavailableError("the server is shutting down");
   ++calls_;
@@ -235,29 +240,29 @@ absl::StatusOr<Inference::Use> Inference::Enter() const {
 }
 
 std::optional<Inference::Use> Inference::Peek() const {
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   if (model_ == nullptr) return std::nullopt;
   ++calls_;
   return Use(this, model_.get());
 }
 
 void Inference::Leave() const {
-  absl::MutexLock lock(&mutex_);
-  --calls_;
+  const std::lock_guard lock(mutex_);
+  if (--calls_ == 0) left_.notify_all();
 }
 
 absl::Status Inference::Ready() const { return Enter().status(); }
 
 void Inference::SetApiKeys(ApiKeys keys) {
   auto shared = std::make_shared<const ApiKeys>(std::move(keys));
-  absl::MutexLock lock(&mutex_);
+  const std::lock_guard lock(mutex_);
   keys_ = std::move(shared);
 }
 
 absl::StatusOr<Identity> Inference::Authenticate(std::string_view authorization) const {
   std::shared_ptr<const ApiKeys> keys;
   {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     keys = keys_;
   }
   return keys->Authenticate(authorization);
@@ -279,8 +284,10 @@ absl::StatusOr<MemoryPlan> Inference::PlanMemory(const LoadedModel& model, const
   }
   absl::StatusOr<MemoryPlan> plan = ToMemoryPlan(options, geometry->references_per_chunk);
   if (!plan.ok()) return plan.status();
-  absl::StatusOr<std::shared_ptr<MemoryBase>> base =
-      model.source->Open(identity.tenant, options.knowledge_base());
+  const absl::Time begin = absl::Now();
+  absl::StatusOr<std::shared_ptr<MemoryBase>> base = model.source->Open(
+      identity.tenant, options.knowledge_base(), begin + plan->deadline.value_or(model.wait_cap));
+  plan->waited = absl::Now() - begin;
   if (base.ok()) {
     // Aliases are resolved; rights are on what they stand for.
     if (absl::Status status = identity.Require(Right::kRead, (*base)->name()); !status.ok())
@@ -301,13 +308,13 @@ absl::StatusOr<MemoryPlan> Inference::PlanMemory(const LoadedModel& model, const
 absl::StatusOr<uint64_t> Inference::Submit(const LoadedModel& model, EngineRequest request,
                                            std::shared_ptr<EventSink> sink) {
   {
-    absl::MutexLock lock(&requests_->mutex);
+    const std::lock_guard lock(requests_->mutex);
     ++requests_->running;
   }
   absl::StatusOr<uint64_t> number = model.engine->Submit(std::move(request), std::move(sink));
   if (!number.ok()) {
-    absl::MutexLock lock(&requests_->mutex);
-    --requests_->running;
+    const std::lock_guard lock(requests_->mutex);
+    if (--requests_->running == 0) requests_->ended.notify_all();
   }
   return number;
 }
@@ -496,7 +503,7 @@ absl::Duration Inference::RetryAfter() const {
   const EngineStats stats = (*model)->engine->stats();
   double mean = 0;
   {
-    absl::MutexLock lock(&requests_->mutex);
+    const std::lock_guard lock(requests_->mutex);
     mean = requests_->mean_seconds;
   }
   // By then about half of those that wait now will have been admitted.
@@ -511,10 +518,11 @@ EngineStats Inference::stats() const {
 
 std::string Inference::MetricsText() const {
   const std::optional<Use> model = Peek();
-  if (!model) return metrics_->Text({}, {}, /*ready=*/false);
-  return metrics_->Text(
+  const prometheus::TextSerializer serializer;
+  if (!model) return serializer.Serialize(metrics_->Collect({}, {}, /*ready=*/false));
+  return serializer.Serialize(metrics_->Collect(
       (*model)->engine->stats(),
-      (*model)->reader != nullptr ? (*model)->reader->stats() : MemoryReaderStats(), Ready().ok());
+      (*model)->reader != nullptr ? (*model)->reader->stats() : MemoryReaderStats(), Ready().ok()));
 }
 
 }  // namespace memory3

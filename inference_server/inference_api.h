@@ -12,19 +12,19 @@
 // the destructor runs.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "inference_server/engine.h"
 #include "inference_server/inference_metrics.h"
@@ -109,15 +109,12 @@ class Inference {
                                   std::shared_ptr<EventSink> sink);
 
   const std::shared_ptr<InferenceMetrics> metrics_;
-  mutable absl::Mutex mutex_;
-  std::shared_ptr<const ApiKeys> keys_ ABSL_GUARDED_BY(mutex_);
-  std::unique_ptr<LoadedModel> model_ ABSL_GUARDED_BY(mutex_);  // stays while calls_ > 0
-  enum class State : uint8_t {
-    kLoading,
-    kServing,
-    kDraining
-  } state_ ABSL_GUARDED_BY(mutex_) = State::kLoading;
-  mutable int calls_ ABSL_GUARDED_BY(mutex_) = 0;  // inside a method that uses the model
+  mutable std::mutex mutex_;  // guards what follows but requests_
+  mutable std::condition_variable left_;
+  std::shared_ptr<const ApiKeys> keys_;
+  std::unique_ptr<LoadedModel> model_;  // stays while calls_ > 0
+  enum class State : uint8_t { kLoading, kServing, kDraining } state_ = State::kLoading;
+  mutable int calls_ = 0;  // inside a method that uses the model
   // Requests taken whose End has not returned; sinks share it.
   struct RequestCount;
   const std::shared_ptr<RequestCount> requests_;

@@ -1,7 +1,6 @@
 #include "inference_server/inference_metrics.h"
 
 #include <prometheus/metric_family.h>
-#include <prometheus/text_serializer.h>
 
 #include <algorithm>
 #include <utility>
@@ -120,8 +119,9 @@ void InferenceMetrics::ChunkRead(const v1::ChunkProvenance& chunk) {
   }
 }
 
-std::string InferenceMetrics::Text(const EngineStats& engine, const MemoryReaderStats& reader,
-                                   bool ready) const {
+std::vector<prometheus::MetricFamily> InferenceMetrics::Collect(const EngineStats& engine,
+                                                                const MemoryReaderStats& reader,
+                                                                bool ready) const {
   using Type = prometheus::MetricType;
   std::vector<prometheus::MetricFamily> families = registry_.Collect();
   for (prometheus::MetricFamily& family : std::vector<prometheus::MetricFamily>{
@@ -148,7 +148,7 @@ std::string InferenceMetrics::Text(const EngineStats& engine, const MemoryReader
        }) {
     families.push_back(std::move(family));
   }
-  return prometheus::TextSerializer().Serialize(families);
+  return families;
 }
 
 }  // namespace memory3

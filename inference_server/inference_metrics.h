@@ -8,6 +8,7 @@
 #include <prometheus/registry.h>
 
 #include <string>
+#include <vector>
 
 #include "absl/time/time.h"
 #include "inference_server/engine.h"
@@ -34,8 +35,9 @@ class InferenceMetrics {
   // A retrieval, from its query's text to memories that can be read.
   void Retrieved(absl::Duration took) { Observe(retrieval_, took); }
 
-  // Prometheus' text format: the above, and gauges and counters of these parts.
-  std::string Text(const EngineStats& engine, const MemoryReaderStats& reader, bool ready) const;
+  // The above, and gauges and counters of these parts.
+  std::vector<prometheus::MetricFamily> Collect(const EngineStats& engine,
+                                                const MemoryReaderStats& reader, bool ready) const;
 
  private:
   static void Observe(prometheus::Histogram& histogram, absl::Duration duration) {

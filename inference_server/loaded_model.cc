@@ -135,6 +135,12 @@ absl::StatusOr<std::unique_ptr<MemorySource>> OpenSource(const ModelOptions& opt
 
 }  // namespace
 
+LoadedModel::~LoadedModel() {
+  engine.reset();
+  // Nobody waits any more for what is under way.
+  if (source != nullptr) source->Shutdown();
+}
+
 v1::Geometry GeometryOf(const ModelConfig& config, const ExplicitMemoryConfig& memory) {
   v1::Geometry geometry;
   geometry.mutable_memory_layers()->Add(memory.memory_layers.begin(), memory.memory_layers.end());
@@ -145,7 +151,8 @@ v1::Geometry GeometryOf(const ModelConfig& config, const ExplicitMemoryConfig& m
   return geometry;
 }
 
-absl::StatusOr<std::unique_ptr<LoadedModel>> LoadModel(const ModelOptions& options) {
+absl::StatusOr<std::unique_ptr<LoadedModel>> LoadModel(
+    const ModelOptions& options, std::function<void(absl::Duration)> on_retrieved) {
   auto model = std::make_unique<LoadedModel>();
   const std::filesystem::path directory(options.model);
   model->name = !options.name.empty()      ? options.name
@@ -202,7 +209,8 @@ absl::StatusOr<std::unique_ptr<LoadedModel>> LoadModel(const ModelOptions& optio
         MemoryShape{static_cast<int>(geometry.memory_layers.size()), config.kv_heads,
                     std::min(geometry.tokens_kept, geometry.reference_tokens), config.head_dim},
         MemoryReaderOptions{.cache_bytes = static_cast<int64_t>(options.host_cache_bytes),
-                            .device_decodes_vq = model->device->DecodesVectors(CodecId::kVq)});
+                            .device_decodes_vq = model->device->DecodesVectors(CodecId::kVq),
+                            .on_retrieved = std::move(on_retrieved)});
   }
 
   absl::StatusOr<std::shared_ptr<const Model>> weights =

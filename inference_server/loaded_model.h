@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -23,6 +24,8 @@
 namespace memory3 {
 
 struct LoadedModel {
+  ~LoadedModel();
+
   std::string name;
   std::string weights;  // "f32", "bf16", "int8"
   bool dense_mode = false;
@@ -69,7 +72,8 @@ struct ModelOptions {
 v1::Geometry GeometryOf(const ModelConfig& config, const ExplicitMemoryConfig& memory);
 
 // Loads all of it. Errors are one line that names the flag, file or field at fault; a memory server
-// that is not there is none.
-absl::StatusOr<std::unique_ptr<LoadedModel>> LoadModel(const ModelOptions& options);
+// that is not there is none. `on_retrieved`: as MemoryReaderOptions'.
+absl::StatusOr<std::unique_ptr<LoadedModel>> LoadModel(
+    const ModelOptions& options, std::function<void(absl::Duration)> on_retrieved = nullptr);
 
 }  // namespace memory3

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "memory/vq_codec.h"
 
 namespace memory3 {
@@ -20,6 +21,7 @@ struct MemoryReader::Retrieval {
   absl::Time deadline;
   Callback done;
   int attempt = 0;
+  absl::Time begun = absl::Now();
 };
 
 namespace {
@@ -207,6 +209,7 @@ void MemoryReader::Fail(Retrieval& retrieval, const absl::Status& status) {
 }
 
 void MemoryReader::Finish(Retrieval& retrieval) {
+  if (options_.on_retrieved) options_.on_retrieved(absl::Now() - retrieval.begun);
   retrieval.done = nullptr;
   retrieval.base = nullptr;
   const std::lock_guard lock(mutex_);

@@ -86,6 +86,8 @@ struct MemoryReaderOptions {
   int threads = 2;                         // that embed and decode
   // Memories in the vq codec stay encoded in the cache (Device::DecodesVectors).
   bool device_decodes_vq = false;
+  // Told how long a retrieval took, from texts to memories that can be read; any thread.
+  std::function<void(absl::Duration)> on_retrieved = nullptr;
 };
 
 struct MemoryReaderStats {

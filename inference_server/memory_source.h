@@ -109,11 +109,15 @@ class MemorySource {
   virtual ~MemorySource() = default;
 
   // The published version of `knowledge_base` (a name or alias) now. NOT_FOUND,
-  // FAILED_PRECONDITION (CheckReadable), UNAVAILABLE.
+  // FAILED_PRECONDITION (CheckReadable); UNAVAILABLE or DEADLINE_EXCEEDED where the store does not
+  // say by `deadline`.
   virtual absl::StatusOr<std::shared_ptr<MemoryBase>> Open(std::string_view tenant,
-                                                           std::string_view knowledge_base) = 0;
+                                                           std::string_view knowledge_base,
+                                                           absl::Time deadline) = 0;
   // Names of those that Open would accept now.
   virtual absl::StatusOr<std::vector<std::string>> List(std::string_view tenant) = 0;
+  // Retrievals under way, and those that come later, may end with CANCELLED at once.
+  virtual void Shutdown() {}
 };
 
 }  // namespace memory3

@@ -91,23 +91,24 @@ class MemorySourceTest : public ::testing::TestWithParam<bool> {
 };
 
 TEST_P(MemorySourceTest, OpensWhatTheModelCanReadAndNothingElse) {
-  const auto base = source_->Open("default", "live");
+  const auto base = source_->Open("default", "live", absl::InfiniteFuture());
   ASSERT_TRUE(base.ok()) << base.status();
   EXPECT_EQ((*base)->name(), "kb");
   EXPECT_EQ((*base)->tenant(), "default");
-  EXPECT_EQ(*source_->Open("default", "live"), *base);
-  EXPECT_TRUE(absl::IsNotFound(source_->Open("default", "nowhere").status()));
-  const absl::Status foreign = source_->Open("default", "foreign").status();
+  EXPECT_EQ(*source_->Open("default", "live", absl::InfiniteFuture()), *base);
+  EXPECT_TRUE(
+      absl::IsNotFound(source_->Open("default", "nowhere", absl::InfiniteFuture()).status()));
+  const absl::Status foreign = source_->Open("default", "foreign", absl::InfiniteFuture()).status();
   EXPECT_TRUE(absl::IsFailedPrecondition(foreign)) << foreign;
   EXPECT_THAT(std::string(foreign.message()), HasSubstr("was written by model"));
-  EXPECT_FALSE(source_->Open("stranger", "kb").ok());
+  EXPECT_FALSE(source_->Open("stranger", "kb", absl::InfiniteFuture()).ok());
   const auto names = source_->List("default");
   ASSERT_TRUE(names.ok()) << names.status();
   EXPECT_THAT(*names, ElementsAre("kb"));
 }
 
 TEST_P(MemorySourceTest, SendsBytesOnceAndAgainWhenEvictedOrMissing) {
-  const auto base = source_->Open("default", "kb");
+  const auto base = source_->Open("default", "kb", absl::InfiniteFuture());
   ASSERT_TRUE(base.ok()) << base.status();
   auto answer = Ask(**base);
   ASSERT_TRUE(answer.ok()) << answer.status();
@@ -137,7 +138,7 @@ TEST_P(MemorySourceTest, SendsBytesOnceAndAgainWhenEvictedOrMissing) {
 
 TEST_P(MemorySourceTest, AServerThatDiesIsFoundAgain) {
   if (!GetParam()) GTEST_SKIP() << "there is no server in the process";
-  const auto base = source_->Open("default", "kb");
+  const auto base = source_->Open("default", "kb", absl::InfiniteFuture());
   ASSERT_TRUE(base.ok()) << base.status();
   ASSERT_TRUE(Ask(**base).ok());
   const std::string address = absl::StrCat("127.0.0.1:", server_->port());
@@ -146,7 +147,7 @@ TEST_P(MemorySourceTest, AServerThatDiesIsFoundAgain) {
   const absl::Status gone = Ask(**base).status();
   EXPECT_TRUE(absl::IsUnavailable(gone)) << gone;
   // What the name meant is still known.
-  EXPECT_EQ(*source_->Open("default", "kb"), *base);
+  EXPECT_EQ(*source_->Open("default", "kb", absl::InfiniteFuture()), *base);
 
   StartServer(address);
   absl::StatusOr<SourceAnswer> answer = absl::UnavailableError("not asked yet");

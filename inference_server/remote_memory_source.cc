@@ -65,13 +65,15 @@ RemoteMemorySource::RemoteMemorySource(RemoteMemoryOptions options, ReaderIdenti
       pause_(options_.first_pause),
       thread_([this] { Run(); }) {}
 
-RemoteMemorySource::~RemoteMemorySource() {
+RemoteMemorySource::~RemoteMemorySource() { Shutdown(); }
+
+void RemoteMemorySource::Shutdown() {
   {
     const std::lock_guard lock(mutex_);
     ending_ = true;
   }
   changed_.notify_all();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
 }
 
 absl::Status RemoteMemorySource::CheckTenant(std::string_view tenant) const {
@@ -82,7 +84,7 @@ absl::Status RemoteMemorySource::CheckTenant(std::string_view tenant) const {
 }
 
 absl::StatusOr<std::shared_ptr<MemoryBase>> RemoteMemorySource::Open(
-    std::string_view tenant, std::string_view knowledge_base) {
+    std::string_view tenant, std::string_view knowledge_base, absl::Time deadline) {
   if (absl::Status status = CheckTenant(tenant); !status.ok()) return status;
   const std::string asked(knowledge_base);
   const auto known = [&]() -> std::shared_ptr<Base> {
@@ -90,11 +92,12 @@ absl::StatusOr<std::shared_ptr<MemoryBase>> RemoteMemorySource::Open(
     const auto found = last_known_.find(asked);
     return found == last_known_.end() ? nullptr : found->second;
   };
+  if (known() != nullptr) deadline = std::min(deadline, absl::Now() + options_.patience);
   const auto get = [&](bool with_codebook) {
     v1::GetKnowledgeBaseRequest request;
     request.set_knowledge_base(asked);
     request.set_with_codebook(with_codebook);
-    return client_->Call(&MemoryClient::Stub::GetKnowledgeBase, request);
+    return Ask(request, deadline);
   };
   absl::StatusOr<v1::GetKnowledgeBaseResponse> response = get(false);
   if (absl::IsUnavailable(response.status()) || absl::IsDeadlineExceeded(response.status())) {
@@ -132,10 +135,38 @@ absl::StatusOr<std::shared_ptr<MemoryBase>> RemoteMemorySource::Open(
   return base;
 }
 
+absl::StatusOr<v1::GetKnowledgeBaseResponse> RemoteMemorySource::Ask(
+    const v1::GetKnowledgeBaseRequest& request, absl::Time deadline) {
+  const absl::Time begin = absl::Now();
+  {
+    const std::lock_guard lock(mutex_);
+    if (begin < ask_at_)
+      return absl::UnavailableError(
+          absl::StrCat("the memory server at ", options_.client.target, " cannot be reached"));
+    // After a failure one asks; the others hear of it when the pause is over.
+    if (ask_pause_ > absl::ZeroDuration()) ask_at_ = begin + ask_pause_;
+  }
+  absl::StatusOr<v1::GetKnowledgeBaseResponse> response =
+      client_->Call(&MemoryClient::Stub::GetKnowledgeBase, request, deadline);
+  const absl::Time now = absl::Now();
+  const std::lock_guard lock(mutex_);
+  // A deadline shorter than the patience says nothing about the server.
+  if (absl::IsUnavailable(response.status()) ||
+      (absl::IsDeadlineExceeded(response.status()) && now - begin >= options_.patience)) {
+    ask_pause_ = std::clamp(2 * ask_pause_, options_.first_pause, options_.longest_pause);
+    ask_at_ = now + ask_pause_;
+  } else if (!absl::IsDeadlineExceeded(response.status())) {
+    ask_pause_ = absl::ZeroDuration();
+    ask_at_ = absl::InfinitePast();
+  }
+  return response;
+}
+
 absl::StatusOr<std::vector<std::string>> RemoteMemorySource::List(std::string_view tenant) {
   if (absl::Status status = CheckTenant(tenant); !status.ok()) return status;
   const absl::StatusOr<v1::ListKnowledgeBasesResponse> response =
-      client_->Call(&MemoryClient::Stub::ListKnowledgeBases, v1::ListKnowledgeBasesRequest());
+      client_->Call(&MemoryClient::Stub::ListKnowledgeBases, v1::ListKnowledgeBasesRequest(),
+                    absl::Now() + options_.patience);
   if (!response.ok()) return response.status();
   std::vector<std::string> names;
   for (const v1::KnowledgeBase& base : response->knowledge_bases()) {
@@ -159,13 +190,19 @@ void RemoteMemorySource::Retrieve(const Base& base, SourceRequest request, Sourc
     if (query.min_score) q.set_min_score(*query.min_score);
     *q.mutable_filter() = std::move(query.filter);
   }
-  const std::lock_guard lock(mutex_);
-  for (const RecordId& id : request.missing) {
-    here_.erase(id);
-    evicted_.push_back(id);
+  {
+    const std::lock_guard lock(mutex_);
+    for (const RecordId& id : request.missing) {
+      here_.erase(id);
+      evicted_.push_back(id);
+    }
+    if (!ending_) {
+      pending_.emplace(next_number_++, std::move(pending));
+      changed_.notify_all();
+      return;
+    }
   }
-  pending_.emplace(next_number_++, std::move(pending));
-  changed_.notify_all();
+  pending.done(absl::CancelledError("the memory source is shutting down"));
 }
 
 void RemoteMemorySource::Evicted(const RecordId& id) {

@@ -46,10 +46,14 @@ class RemoteMemorySource final : public MemorySource {
   // Retrievals under way get CANCELLED.
   ~RemoteMemorySource() override;
 
-  // While the server cannot be reached: what the name meant last, where it is known.
+  // While the server cannot be reached, or has not answered for `patience`: what the name meant
+  // last, where it is known. A server that has just failed to answer is not asked again before a
+  // pause is over.
   absl::StatusOr<std::shared_ptr<MemoryBase>> Open(std::string_view tenant,
-                                                   std::string_view knowledge_base) override;
+                                                   std::string_view knowledge_base,
+                                                   absl::Time deadline) override;
   absl::StatusOr<std::vector<std::string>> List(std::string_view tenant) override;
+  void Shutdown() override;
 
  private:
   class Base;
@@ -64,6 +68,9 @@ class RemoteMemorySource final : public MemorySource {
   RemoteMemorySource(RemoteMemoryOptions options, ReaderIdentity reader,
                      std::unique_ptr<MemoryClient> client);
   absl::Status CheckTenant(std::string_view tenant) const;
+  // The server's answer about a base, unless it is known not to answer just now.
+  absl::StatusOr<v1::GetKnowledgeBaseResponse> Ask(const v1::GetKnowledgeBaseRequest& request,
+                                                   absl::Time deadline);
   void Retrieve(const Base& base, SourceRequest request, SourceCallback done);
   void Evicted(const RecordId& id);
   void Run();
@@ -93,6 +100,8 @@ class RemoteMemorySource final : public MemorySource {
   std::vector<RecordId> evicted_;       // to be told
   // By the name asked for, alias or not: what it was when the server last said.
   absl::flat_hash_map<std::string, std::shared_ptr<Base>> last_known_;
+  absl::Time ask_at_ = absl::InfinitePast();  // not before
+  absl::Duration ask_pause_;                  // zero: the server answered last time
   std::thread thread_;
 };
 

@@ -250,8 +250,9 @@ bool MemoryClient::IsSafeToRepeat(std::string_view request_type) {
 }
 
 absl::Status MemoryClient::Attempt(
-    bool repeat, const std::function<grpc::Status(Stub&, grpc::ClientContext*)>& call) {
-  const absl::Time deadline = absl::Now() + options_.timeout;
+    bool repeat, absl::Time deadline,
+    const std::function<grpc::Status(Stub&, grpc::ClientContext*)>& call) {
+  deadline = std::min(deadline, absl::Now() + options_.timeout);
   absl::Duration pause = absl::Milliseconds(100);
   thread_local std::minstd_rand random(std::random_device{}());
   for (int attempt = 1;; ++attempt) {
@@ -269,17 +270,18 @@ absl::Status MemoryClient::Attempt(
 absl::StatusOr<MemoryClient::FetchedRecord> MemoryClient::GetRecord(
     const v1::GetRecordRequest& request) {
   FetchedRecord result;
-  absl::Status status = Attempt(/*repeat=*/true, [&](Stub& stub, grpc::ClientContext* context) {
-    result = {};
-    const auto reader = stub.GetRecord(context, request);
-    v1::GetRecordResponse message;
-    while (reader->Read(&message)) {
-      result.sources.insert(result.sources.end(), message.sources().begin(),
-                            message.sources().end());
-      result.record += message.record_piece();
-    }
-    return reader->Finish();
-  });
+  absl::Status status = Attempt(
+      /*repeat=*/true, absl::InfiniteFuture(), [&](Stub& stub, grpc::ClientContext* context) {
+        result = {};
+        const auto reader = stub.GetRecord(context, request);
+        v1::GetRecordResponse message;
+        while (reader->Read(&message)) {
+          result.sources.insert(result.sources.end(), message.sources().begin(),
+                                message.sources().end());
+          result.record += message.record_piece();
+        }
+        return reader->Finish();
+      });
   if (!status.ok()) return status;
   const absl::StatusOr<RecordHeader> checked = CheckRecord(result.record);
   if (!checked.ok()) {

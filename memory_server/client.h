@@ -138,14 +138,16 @@ class MemoryClient {
   // Connects lazily: a server that is not there yet is no error.
   static absl::StatusOr<std::unique_ptr<MemoryClient>> Create(MemoryClientOptions options);
 
-  // Any unary method, e.g. Call(&MemoryClient::Stub::GetKnowledgeBase, request).
+  // Any unary method, e.g. Call(&MemoryClient::Stub::GetKnowledgeBase, request). It ends by
+  // `deadline`, or by the client's time-out where that is sooner.
   using Stub = v1::MemoryService::Stub;
   template <typename Request, typename Response>
   absl::StatusOr<Response> Call(grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&,
                                                              Response*),
-                                const Request& request) {
+                                const Request& request,
+                                absl::Time deadline = absl::InfiniteFuture()) {
     Response response;
-    absl::Status status = Attempt(IsSafeToRepeat(Request::descriptor()->name()),
+    absl::Status status = Attempt(IsSafeToRepeat(Request::descriptor()->name()), deadline,
                                   [&](Stub& stub, grpc::ClientContext* context) {
                                     return (stub.*method)(context, request, &response);
                                   });
@@ -167,7 +169,7 @@ class MemoryClient {
  private:
   explicit MemoryClient(MemoryClientOptions options) : options_(std::move(options)) {}
   static bool IsSafeToRepeat(std::string_view request_type);
-  absl::Status Attempt(bool repeat,
+  absl::Status Attempt(bool repeat, absl::Time deadline,
                        const std::function<grpc::Status(Stub&, grpc::ClientContext*)>& call);
   Stub& NextStub() { return *stubs_[next_++ % stubs_.size()]; }
 
