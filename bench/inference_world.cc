@@ -210,7 +210,7 @@ std::unique_ptr<InferenceWorld> InferenceWorld::Create(const InferenceWorldOptio
   RemoteMemoryOptions remote;
   remote.client.target = world->memory_target_;
   world->source_ = Must(RemoteMemorySource::Create(remote, identity));
-  world->base_ = Must(world->source_->Open(kTenant, kBase));
+  world->base_ = Must(world->source_->Open(kTenant, kBase, absl::InfiniteFuture()));
   world->reader_ = std::make_unique<MemoryReader>(
       world->embedder_.get(), Writer(),
       MemoryShape{static_cast<int>(memory.memory_layers.size()), config.kv_heads,
