@@ -297,8 +297,8 @@ absl::StatusOr<bool> MemoryClient::HasRecord(const std::string& knowledge_base,
   request.set_knowledge_base(knowledge_base);
   request.set_record_id(std::string(id.view()));
   bool has = false;
-  const absl::Status status =
-      Attempt(/*repeat=*/true, [&](Stub& stub, grpc::ClientContext* context) {
+  const absl::Status status = Attempt(
+      /*repeat=*/true, absl::InfiniteFuture(), [&](Stub& stub, grpc::ClientContext* context) {
         const auto reader = stub.GetRecord(context, request);
         v1::GetRecordResponse message;
         has = reader->Read(&message);
