@@ -6,10 +6,12 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <string>
 #include <thread>
 
 #include "absl/synchronization/notification.h"
+#include "inference_server/http_gateway.h"
 #include "inference_server/inference_api.h"
 #include "inference_server/loaded_model.h"
 #include "inference_server/server.h"
@@ -74,6 +76,9 @@ int Main(int argc, char** argv) {
   CLI::App app("Streaming generation by a model that reads explicit memories while it runs.");
   app.set_version_flag("--version", MEMORY3_VERSION);
   AddModelFlags(app, model);
+  std::string http_listen;
+  AddFlag(app, "http_listen", http_listen,
+          "Address of the OpenAI-compatible API and the page, HOST:PORT; empty: none");
   AddBytesFlag(app, "stream_buffer_bytes", stream_buffer_bytes,
                "Events a client has not read yet, per stream; more end it");
   AddServingFlags(app, serving);
@@ -87,6 +92,18 @@ int Main(int argc, char** argv) {
   if (!server.ok()) return Fail(server.status());
   spdlog::info("inference_server {} listens: gRPC on port {}", MEMORY3_VERSION, (*server)->port());
   if ((*server)->metrics_port() != 0) spdlog::info("metrics on port {}", (*server)->metrics_port());
+  std::unique_ptr<HttpGateway> http;
+  if (!http_listen.empty()) {
+    absl::StatusOr<std::unique_ptr<HttpGateway>> started =
+        HttpGateway::Start({.listener = {.address = http_listen,
+                                         .tls_certificate = serving.tls_certificate,
+                                         .tls_key = serving.tls_key,
+                                         .tls_client_ca = serving.tls_client_ca}},
+                           &inference);
+    if (!started.ok()) return Fail(started.status());
+    http = *std::move(started);
+    spdlog::info("HTTP on port {}", http->port());
+  }
 
   absl::Status loaded;
   absl::Notification loading_done;
@@ -117,7 +134,8 @@ int Main(int argc, char** argv) {
   loader.join();
   if (!loaded.ok()) return Fail(loaded);
   spdlog::info("signal {}: draining for up to {} s", signal, serving.drain_seconds);
-  (*server)->Shutdown(absl::Seconds(serving.drain_seconds));
+  (*server)->Shutdown(absl::Seconds(serving.drain_seconds));  // HTTP's requests too
+  if (http != nullptr) http->Shutdown(absl::Seconds(1));
   spdlog::info("inference_server stopped");
   return 0;
 }
