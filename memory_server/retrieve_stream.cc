@@ -275,7 +275,7 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
       if (writing_) {
         next_ = std::move(message);
       } else {
-        WriteLocked(std::move(message));
+        WriteLocked(message);
       }
     }
     if (broken) End(absl::CancelledError("the client went away"));
@@ -283,10 +283,10 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
 
   // Its reaction cannot come before this thread leaves the mutex: gRPC runs it on one of its own
   // threads, and there only when the reaction under way has returned.
-  void WriteLocked(Message message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  void WriteLocked(const Message& message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     writing_ = true;
     last_written_ = message.last;
-    outgoing_ = std::move(message.bytes);
+    outgoing_ = message.bytes;  // shares the slices
     StartWrite(&outgoing_);
   }
 
