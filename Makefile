@@ -4,7 +4,7 @@ JOBS    ?= $(shell nproc)
 PRESET  ?= release
 CONFIGURE ?=
 
-.PHONY: setup build test bench check bundle clean
+.PHONY: setup build test bench check bundle demo serve clean
 
 setup:           ## install what is missing
 	@tools/setup
@@ -24,6 +24,12 @@ check: setup     ## formatting, clang-tidy, sanitizers over the unit tests, shor
 
 bundle: build    ## binaries with their libraries, for a machine without packages
 	@tools/bundle $(BUILD)
+
+demo: build      ## both servers, the demo's documents, its questions with and without memory; stops them
+	@$(BUILD)/bin/memory3 demo --directory $(BUILD)/demo
+
+serve: build     ## both servers with models/tiny until Ctrl-C; prints the page's address
+	@$(BUILD)/bin/memory3 serve --model models/tiny --data $(BUILD)/serve
 
 clean:
 	@rm -rf build build-*

@@ -22,8 +22,11 @@ using Commands = std::vector<Command>;
 void AddKnowledgeBaseCommands(CLI::App& app, Commands& commands);
 void AddSnapshotCommands(CLI::App& app, Commands& commands);
 void AddStatusCommand(CLI::App& app, Commands& commands);
+// After AddKnowledgeBaseCommands: adds `kb create` too.
+void AddLoadCommand(CLI::App& app, Commands& commands);
 void AddAskCommand(CLI::App& app, Commands& commands);
 void AddServeCommand(CLI::App& app, Commands& commands);
+void AddDemoCommand(CLI::App& app, Commands& commands);
 void AddCompletionCommand(CLI::App& app, Commands& commands);
 
 // Asks on the terminal; FAILED_PRECONDITION where there is none and `yes` was not given.

@@ -57,7 +57,7 @@ absl::Status List(const Session& session, bool names_only) {
     return absl::OkStatus();
   }
   if (reply->knowledge_bases().empty()) {
-    std::puts("No knowledge bases yet. `trainer write` makes one.");
+    std::puts("No knowledge bases yet. `memory3 load NAME FILES…` makes one.");
     return absl::OkStatus();
   }
   Table table(

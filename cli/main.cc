@@ -9,6 +9,7 @@ namespace {
 constexpr const char kFooter[] = R"(
 A first session:
   memory3 serve --model models/tiny --data /var/lib/memory3      both servers, and a page to try
+  memory3 load atlas documents.jsonl --model models/tiny         makes the knowledge base "atlas"
   memory3 ask atlas "Who designed the Atomium?" --compare        with memory, and without
 
 Every command takes --json (a JSON object a line, in proto3's mapping of the API's messages).
@@ -45,10 +46,12 @@ int main(int argc, char** argv) {
 
   memory3::Commands commands;
   memory3::AddKnowledgeBaseCommands(app, commands);
+  memory3::AddLoadCommand(app, commands);
   memory3::AddAskCommand(app, commands);
   memory3::AddSnapshotCommands(app, commands);
   memory3::AddStatusCommand(app, commands);
   memory3::AddServeCommand(app, commands);
+  memory3::AddDemoCommand(app, commands);
   memory3::AddCompletionCommand(app, commands);
   try {
     app.parse(argc, argv);
