@@ -95,8 +95,14 @@ try:
     # The keyboard alone: ask, and stop.
     tokens.clear()
     tokens.send_keys("400")
+    # Remembered by the page itself: a fast answer may be over between two looks from here.
+    driver.execute_script("""
+        const stop = document.querySelector("#stop");
+        window.started = false;
+        new MutationObserver(() => { window.started ||= !stop.disabled; }).observe(stop, {attributes: true});
+    """)
     prompt.send_keys(Keys.CONTROL, Keys.ENTER)
-    wait(lambda: find("#stop").is_enabled(), "the start")
+    wait(lambda: driver.execute_script("return window.started"), "the start")
     prompt.send_keys(Keys.ESCAPE)
     wait(lambda: find("#go").is_enabled(), "the stop")
     # As a chat.
