@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "cli/call.h"
@@ -30,13 +31,6 @@ std::string CodecName(v1::Codec codec) {
     default:
       return "?";
   }
-}
-
-std::string Hex(const std::string& bytes) {
-  std::string hex;
-  for (const char c : bytes)
-    absl::StrAppend(&hex, absl::Hex(static_cast<uint8_t>(c), absl::kZeroPad2));
-  return hex;
 }
 
 absl::Status List(const Session& session, bool names_only) {
@@ -102,8 +96,9 @@ absl::Status Show(const Session& session, const std::string& name) {
             << geometry.kv_heads() << " KV heads, " << geometry.tokens_kept() << " of "
             << geometry.reference_tokens() << " tokens, dimension " << geometry.head_dim()
             << "\n  index " << base.index() << " over " << spec.embedding_dimension()
-            << " dimensions\n  written by model " << Hex(spec.writer_fingerprint())
-            << "\n  embedded by     " << Hex(spec.embedder_fingerprint()) << "\n  created "
+            << " dimensions\n  written by model "
+            << absl::BytesToHexString(spec.writer_fingerprint()) << "\n  embedded by     "
+            << absl::BytesToHexString(spec.embedder_fingerprint()) << "\n  created "
             << HumanTime(base.created_at()) << " UTC\n";
   if (!base.aliases().empty())
     std::cout << "  aliases " << absl::StrJoin(base.aliases(), ", ") << "\n";
