@@ -97,21 +97,20 @@ HttpListener::Lane::~Lane() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-bool HttpListener::Lane::TryRun(std::function<void()> task) {
+bool HttpListener::Lane::TryRun(std::function<void()> task, std::function<void()> after) {
   std::lock_guard lock(mutex_);
-  const int waiting = static_cast<int>(tasks_.size());
-  if (waiting >= idle_) {
-    bool more = static_cast<int>(threads_.size()) < max_threads_;
-    if (more) {
-      try {
-        threads_.emplace_back([this] { Work(); });
-      } catch (const std::system_error&) {  // the system gives no more threads
-        more = false;
-      }
+  if (static_cast<int>(tasks_.size()) >= idle_ &&
+      static_cast<int>(threads_.size()) < max_threads_) {
+    try {
+      threads_.emplace_back([this] { Work(); });
+    } catch (const std::system_error&) {
+      // The system gives no more threads: those that there are must do.
     }
-    if (!more && (threads_.empty() || waiting - idle_ >= max_queue_)) return false;
   }
-  tasks_.push_back(std::move(task));
+  if (threads_.empty() || unfinished_ >= static_cast<int>(threads_.size()) + max_queue_)
+    return false;
+  ++unfinished_;
+  tasks_.push_back({std::move(task), std::move(after)});
   added_.notify_one();
   return true;
 }
@@ -123,10 +122,14 @@ void HttpListener::Lane::Work() {
     added_.wait(lock, [this] { return ending_ || !tasks_.empty(); });
     --idle_;
     if (tasks_.empty()) return;
-    const std::function<void()> task = std::move(tasks_.front());
+    const Task task = std::move(tasks_.front());
     tasks_.pop_front();
     lock.unlock();
-    task();
+    task.run();
+    lock.lock();
+    --unfinished_;
+    lock.unlock();
+    task.after();
     lock.lock();
   }
 }
@@ -433,7 +436,9 @@ void HttpListener::Dispatch(int fd) {
     busy_.insert(connection);
   }
   // The lane owns the connection from here on, if it takes it: std::function copies what it holds.
-  if ((slow ? slow_ : quick_)->TryRun([this, connection] { Handle(Connection(connection)); })) {
+  if ((slow ? slow_ : quick_)
+          ->TryRun([this, connection] { Handle(*connection); },
+                   [this, connection] { HandBack(Connection(connection)); })) {
     taken.release();  // NOLINT(bugprone-unused-return-value): the task's now
     return;
   }
@@ -466,16 +471,19 @@ void HttpListener::Refuse(HttpConnection& connection, int status, const std::str
 
 // ---- a request ----
 
-void HttpListener::Handle(Connection connection) {
-  current_connection = connection.get();
-  connection->BeginRequest(
+void HttpListener::Handle(HttpConnection& connection) {
+  current_connection = &connection;
+  connection.BeginRequest(
       {.read_deadline = HttpClock::now() + options_.body_timeout,
        .max_bytes = options_.max_head_bytes + options_.max_body_bytes + kBodyOverhead,
        .write_timeout = options_.write_timeout});
   bool asked_to_close = false;
-  const bool answered = process_request(*connection, stopping_, asked_to_close, nullptr);
-  if (!answered || asked_to_close) connection->MustClose();
+  const bool answered = process_request(connection, stopping_, asked_to_close, nullptr);
+  if (!answered || asked_to_close) connection.MustClose();
   current_connection = nullptr;
+}
+
+void HttpListener::HandBack(Connection connection) {
   bool none_left = false;
   {
     std::lock_guard lock(mutex_);

@@ -77,16 +77,21 @@ class HttpListener final : private httplib::Server {
    public:
     Lane(int max_threads, int max_queue) : max_threads_(max_threads), max_queue_(max_queue) {}
     ~Lane();
-    // False: all are busy and the queue is full.
-    bool TryRun(std::function<void()> task);
+    // Runs `task`, then, when its place is free again, `after`: whoever learns through `after` that
+    // the task is over finds room for the next. False: all are busy and the queue is full.
+    bool TryRun(std::function<void()> task, std::function<void()> after);
 
    private:
+    struct Task {
+      std::function<void()> run, after;
+    };
     void Work();
 
     const int max_threads_, max_queue_;
     std::mutex mutex_;
     std::condition_variable added_;
-    std::deque<std::function<void()>> tasks_;
+    std::deque<Task> tasks_;
+    int unfinished_ = 0;  // waiting or running, but for what runs `after`
     int idle_ = 0;
     bool ending_ = false;
     std::vector<std::thread> threads_;
@@ -108,7 +113,9 @@ class HttpListener final : private httplib::Server {
   void Dispatch(int fd);
   void Refuse(HttpConnection& connection, int status, const std::string& words);
 
-  void Handle(Connection connection);
+  // On a lane's thread.
+  void Handle(HttpConnection& connection);
+  void HandBack(Connection connection);
   void Wake() const;
 
   const HttpListenerOptions options_;

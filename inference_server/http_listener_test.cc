@@ -194,6 +194,25 @@ TEST_F(HttpListenerTest, OneConnectionServesManyRequestsPipelinedOnesToo) {
   EXPECT_LT(all.find("two"), all.find("well"));
 }
 
+// The thread that answered one request counted as busy for a moment after its connection was back,
+// and the next request on it was refused.
+TEST_F(HttpListenerTest, OneAfterAnotherNeedsNoMoreThanOneSlowThread) {
+  HttpListenerOptions options = Quick();
+  options.max_slow_requests = 1;
+  Start(options);
+  RawClient client(listener_->port());
+  constexpr int kRequests = 150;
+  std::string all;
+  for (int i = 1; i <= kRequests; ++i) {
+    all += absl::StrCat("POST /slow/echo HTTP/1.1\r\nContent-Length: 6\r\n",
+                        i == kRequests ? "Connection: close\r\n" : "", "\r\n<", 1000 + i, ">");
+  }
+  client.Send(all);
+  const std::string& answers = client.ReadAll();
+  EXPECT_THAT(answers, ::testing::Not(HasSubstr("HTTP/1.1 429")));
+  EXPECT_THAT(answers, HasSubstr(absl::StrCat("<", 1000 + kRequests, ">")));
+}
+
 TEST_F(HttpListenerTest, AHeadInSinglesArrives) {
   Start();
   RawClient client(listener_->port());
