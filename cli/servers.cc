@@ -2,6 +2,7 @@
 
 #include <arpa/inet.h>
 #include <grpcpp/create_channel.h>
+#include <grpcpp/support/channel_arguments.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -36,8 +37,12 @@ absl::StatusOr<std::unique_ptr<Servers>> Servers::Start(const ServerFlags& flags
     absl::StatusOr<ServerProcess> server = ServerProcess::Start(name, *own, log);
     if (!server.ok()) return server.status();
     servers->servers_.push_back(std::make_unique<ServerProcess>(*std::move(server)));
+    grpc::ChannelArguments soon;  // the first attempt nearly always comes before the server listens
+    soon.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
+    soon.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 500);
     const absl::Status ready = servers->servers_.back()->WaitUntilServing(
-        grpc::CreateChannel(Reachable(ServerFlags::ValueOf(*own, "listen")), *credentials),
+        grpc::CreateCustomChannel(Reachable(ServerFlags::ValueOf(*own, "listen")), *credentials,
+                                  soon),
         patience);
     if (!ready.ok()) {
       return absl::Status(ready.code(), absl::StrCat(std::string(ready.message()),

@@ -1,51 +1,29 @@
 #include "inference_server/server.h"
 
-#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
-#include <grpcpp/server_builder.h>
 
 #include <chrono>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
-#include "serving/credentials.h"
+#include "serving/grpc_server.h"
 
 namespace memory3 {
 namespace {
 
-// A client that vanished without a word is noticed within these.
-constexpr int kKeepaliveMs = 20'000;
-constexpr int kKeepaliveTimeoutMs = 10'000;
 constexpr absl::Duration kLastAnswers = absl::Seconds(2);
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<InferenceServer>> InferenceServer::Start(
     Inference* inference, const ServingOptions& serving, const InferenceServiceOptions& options) {
-  if (absl::Status status = CheckServingOptions(serving); !status.ok()) return status;
-  const absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials =
-      MakeServerCredentials(serving);
-  if (!credentials.ok()) return credentials.status();
   std::unique_ptr<InferenceServer> server(new InferenceServer(inference, serving));
   if (absl::Status status = server->ReloadApiKeys(); !status.ok()) return status;
 
   server->service_ = std::make_unique<InferenceServiceImpl>(inference, options);
-  grpc::EnableDefaultHealthCheckService(true);
-  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  grpc::ServerBuilder builder;
-  builder.AddListeningPort(serving.listen, *credentials, &server->port_);
-  builder.RegisterService(server->service_.get());
-  builder.SetMaxReceiveMessageSize(serving.max_message_mb << 20);
-  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, serving.max_concurrent_streams);
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT,
-                             0);  // a taken port is an error, not a shared one
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
-  server->server_ = builder.BuildAndStart();
-  if (server->server_ == nullptr || server->port_ == 0) {
-    return absl::UnavailableError(
-        absl::StrCat("--listen ", serving.listen, ": cannot listen there; is it taken?"));
-  }
+  absl::StatusOr<GrpcServer> started = StartGrpcServer(serving, server->service_.get());
+  if (!started.ok()) return started.status();
+  server->server_ = std::move(started->server);
+  server->port_ = started->port;
   server->SetHealth(false);
   if (!serving.metrics_listen.empty()) {
     absl::StatusOr<std::unique_ptr<MetricsPage>> page = MetricsPage::Start(

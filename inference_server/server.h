@@ -15,9 +15,9 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "inference_server/inference_api.h"
-#include "inference_server/metrics_page.h"
 #include "inference_server/service.h"
 #include "serving/flags.h"
+#include "serving/metrics_page.h"
 
 namespace memory3 {
 

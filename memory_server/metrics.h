@@ -9,7 +9,6 @@
 #include <prometheus/histogram.h>
 #include <prometheus/registry.h>
 
-#include <memory>
 #include <string>
 
 #include "absl/status/status.h"
@@ -20,7 +19,6 @@ namespace memory3 {
 
 class MemoryServerMetrics {
  public:
-  // Gauges of the store (entries, records, disk and index bytes, writable) are read at each scrape.
   explicit MemoryServerMetrics(MemoryStore* store);
 
   void CountRequest(const std::string& method, const absl::Status& status, absl::Duration took);
@@ -29,12 +27,13 @@ class MemoryServerMetrics {
   void StreamClosed() { streams_.Decrement(); }
   uint32_t open_streams() const { return static_cast<uint32_t>(streams_.Value()); }
 
-  const std::shared_ptr<prometheus::Registry>& registry() const { return registry_; }
-  const std::shared_ptr<prometheus::Collectable>& store_gauges() const { return store_gauges_; }
+  // In Prometheus' text format. The store's gauges (entries, records, disk and index bytes,
+  // writable) are read when it is called.
+  std::string Text() const;
 
  private:
-  std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
-  std::shared_ptr<prometheus::Collectable> store_gauges_;
+  MemoryStore* const store_;
+  prometheus::Registry registry_;
   prometheus::Family<prometheus::Counter>& requests_;
   prometheus::Family<prometheus::Histogram>& seconds_;
   prometheus::Counter& queries_;

@@ -1,17 +1,12 @@
 #include "memory_server/server.h"
 
-#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
-#include <grpcpp/resource_quota.h>
-#include <grpcpp/server_builder.h>
 #include <spdlog/spdlog.h>
 
 #include <chrono>
-#include <exception>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
-#include "serving/credentials.h"
+#include "serving/grpc_server.h"
 
 namespace memory3 {
 namespace {
@@ -22,46 +17,18 @@ constexpr absl::Duration kHealthInterval = absl::Milliseconds(250);
 
 absl::StatusOr<std::unique_ptr<MemoryServer>> MemoryServer::Start(
     MemoryStore* store, const ServingOptions& serving, const RetrieveOptionsOfServer& retrieve) {
-  if (absl::Status status = CheckServingOptions(serving); !status.ok()) return status;
-  const absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials =
-      MakeServerCredentials(serving);
-  if (!credentials.ok()) return credentials.status();
-  ApiKeys keys;
-  if (!serving.api_keys.empty()) {
-    absl::StatusOr<ApiKeys> loaded = ApiKeys::Load(serving.api_keys);
-    if (!loaded.ok()) return loaded.status();
-    keys = *std::move(loaded);
-  }
-
   std::unique_ptr<MemoryServer> server(new MemoryServer(store, serving));
-  server->service_ =
-      std::make_unique<MemoryServiceImpl>(store, &server->metrics_, std::move(keys), retrieve);
-  grpc::EnableDefaultHealthCheckService(true);
-  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  grpc::ServerBuilder builder;
-  builder.AddListeningPort(serving.listen, *credentials, &server->port_);
-  builder.RegisterService(server->service_.get());
-  builder.SetMaxReceiveMessageSize(serving.max_message_mb << 20);
-  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, serving.max_concurrent_streams);
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT,
-                             0);  // a taken port is an error, not a shared one
-  server->server_ = builder.BuildAndStart();
-  if (server->server_ == nullptr || server->port_ == 0) {
-    return absl::UnavailableError(
-        absl::StrCat("--listen ", serving.listen, ": cannot listen there; is it taken?"));
-  }
+  server->service_ = std::make_unique<MemoryServiceImpl>(store, &server->metrics_, retrieve);
+  if (absl::Status status = server->ReloadApiKeys(); !status.ok()) return status;
+  absl::StatusOr<GrpcServer> started = StartGrpcServer(serving, server->service_.get());
+  if (!started.ok()) return started.status();
+  server->server_ = std::move(started->server);
+  server->port_ = started->port;
   if (!serving.metrics_listen.empty()) {
-    try {
-      server->exposer_ =
-          std::make_unique<prometheus::Exposer>(serving.metrics_listen, /*num_threads=*/1);
-    } catch (const std::exception& error) {
-      return absl::UnavailableError(
-          absl::StrCat("--metrics_listen ", serving.metrics_listen, ": ", error.what()));
-    }
-    const std::vector<int> ports = server->exposer_->GetListeningPorts();
-    if (!ports.empty()) server->metrics_port_ = ports.front();
-    server->exposer_->RegisterCollectable(server->metrics_.registry());
-    server->exposer_->RegisterCollectable(server->metrics_.store_gauges());
+    absl::StatusOr<std::unique_ptr<MetricsPage>> page = MetricsPage::Start(
+        serving.metrics_listen, [metrics = &server->metrics_] { return metrics->Text(); });
+    if (!page.ok()) return page.status();
+    server->metrics_page_ = *std::move(page);
   }
   server->health_watcher_ = std::thread([s = server.get()] { s->WatchHealth(); });
   return server;

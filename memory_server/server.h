@@ -7,7 +7,6 @@
 #pragma once
 
 #include <grpcpp/server.h>
-#include <prometheus/exposer.h>
 
 #include <memory>
 #include <string>
@@ -19,6 +18,7 @@
 #include "memory_server/metrics.h"
 #include "memory_server/service.h"
 #include "serving/flags.h"
+#include "serving/metrics_page.h"
 
 namespace memory3 {
 
@@ -33,8 +33,9 @@ class MemoryServer {
       MemoryStore* store, const ServingOptions& serving, const RetrieveOptionsOfServer& retrieve);
   ~MemoryServer();
 
-  int port() const { return port_; }                  // of gRPC
-  int metrics_port() const { return metrics_port_; }  // 0: none
+  int port() const { return port_; }  // of gRPC
+  // 0: none.
+  int metrics_port() const { return metrics_page_ != nullptr ? metrics_page_->port() : 0; }
   // Reads the API key file again; on an error the old keys stay.
   absl::Status ReloadApiKeys();
   // Stops taking requests, lets running ones end for up to `drain`, then cancels them.
@@ -49,10 +50,9 @@ class MemoryServer {
   const ServingOptions serving_;
   MemoryServerMetrics metrics_;
   std::unique_ptr<MemoryServiceImpl> service_;
-  std::unique_ptr<prometheus::Exposer> exposer_;
+  std::unique_ptr<MetricsPage> metrics_page_;
   std::unique_ptr<grpc::Server> server_;
   int port_ = 0;
-  int metrics_port_ = 0;
   absl::Notification stopping_;
   std::thread health_watcher_;
 };

@@ -10,11 +10,11 @@
 
 namespace memory3 {
 
-MemoryServiceImpl::MemoryServiceImpl(MemoryStore* store, MemoryServerMetrics* metrics, ApiKeys keys,
+MemoryServiceImpl::MemoryServiceImpl(MemoryStore* store, MemoryServerMetrics* metrics,
                                      const RetrieveOptionsOfServer& retrieve)
     : store_(store),
       metrics_(metrics),
-      keys_(std::make_shared<const ApiKeys>(std::move(keys))),
+      keys_(std::make_shared<const ApiKeys>()),
       streams_(store, metrics, retrieve) {}
 
 void MemoryServiceImpl::SetApiKeys(ApiKeys keys) {

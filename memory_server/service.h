@@ -21,7 +21,8 @@ namespace memory3 {
 class MemoryServiceImpl final
     : public v1::MemoryService::WithRawCallbackMethod_Retrieve<v1::MemoryService::Service> {
  public:
-  MemoryServiceImpl(MemoryStore* store, MemoryServerMetrics* metrics, ApiKeys keys,
+  // Without keys until SetApiKeys.
+  MemoryServiceImpl(MemoryStore* store, MemoryServerMetrics* metrics,
                     const RetrieveOptionsOfServer& retrieve);
 
   void SetApiKeys(ApiKeys keys);

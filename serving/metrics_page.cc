@@ -1,4 +1,4 @@
-#include "inference_server/metrics_page.h"
+#include "serving/metrics_page.h"
 
 #include <httplib.h>
 
