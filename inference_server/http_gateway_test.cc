@@ -1,6 +1,5 @@
 // The HTTP door over a real engine, a real model (stories260K) and a store with memories it wrote
-// itself: by a plain HTTP client here, by OpenAI's own client (tests/openai_client.py) and by a
-// browser (tests/web_page.py).
+// itself. OpenAI's own client and a browser go through the binaries (tests/inference_http_test.cc).
 #include "inference_server/http_gateway.h"
 
 #include <gmock/gmock.h>
@@ -164,13 +163,6 @@ class HttpGatewayTest : public ::testing::Test {
     }
     return text;
   }
-  // Runs a Python script against the gateway. Skips where there is no .venv.
-  int RunPython(const std::string& script, const std::string& arguments) const {
-    return std::system(absl::StrCat(".venv/bin/python tests/", script,
-                                    " http://127.0.0.1:", gateway_->port(), " ", arguments)
-                           .c_str());
-  }
-
   store_testing::TemporaryDirectory directory_;
   std::unique_ptr<Inference> inference_;
   std::unique_ptr<HttpGateway> gateway_;
@@ -290,29 +282,6 @@ TEST_F(HttpGatewayTest, BadRequestsAreAnsweredInOpenAisWords) {
     EXPECT_GT(file->body.size(), 1000u) << path;
     EXPECT_THAT(file->get_header_value("Content-Security-Policy"), HasSubstr("default-src 'none'"));
   }
-}
-
-TEST_F(HttpGatewayTest, OpenAisClientWorksUnchanged) {
-  if (std::system(".venv/bin/python -c 'import openai' 2>/dev/null") != 0)
-    GTEST_SKIP() << "no .venv with the openai package (tools/setup makes it)";
-  Start(/*memory=*/true, {.max_running = 1, .max_waiting = 2});
-  const std::string key = "a secret of tests";
-  auto keys = ApiKeys::Parse(
-      absl::StrCat(R"({"keys": [{"name": "t", "tenant": "default", "sha256": ")",
-                   Sha256Of(key).ToHex(), R"(", "knowledge_bases": {"*": "read"}}]})"),
-      "keys");
-  ASSERT_TRUE(keys.ok()) << keys.status();
-  inference_->SetApiKeys(*std::move(keys));
-  EXPECT_EQ(RunPython("openai_client.py", absl::StrCat("'", key, "'")), 0);
-}
-
-TEST_F(HttpGatewayTest, ThePageShowsBothAnswersAndWhatTheyRead) {
-  if (std::system("command -v chromium >/dev/null && command -v chromedriver >/dev/null && "
-                  ".venv/bin/python -c 'import selenium' 2>/dev/null") != 0)
-    GTEST_SKIP() << "no chromium, chromium-driver or selenium (tools/setup installs them)";
-  Start(/*memory=*/true);
-  const char* screenshot = std::getenv("MEMORY3_SCREENSHOT");  // a file, for who wants to look
-  EXPECT_EQ(RunPython("web_page.py", screenshot != nullptr ? screenshot : ""), 0);
 }
 
 }  // namespace

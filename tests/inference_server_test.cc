@@ -181,7 +181,7 @@ class InferenceMemoryTest : public ::testing::Test {
         const v1::Source& source = memory.sources(0);
         const size_t reference = std::stoul(source.document_id().substr(6));
         EXPECT_EQ(memory.record_id(), offline_->IdOf(reference).view());
-        EXPECT_EQ(source.title(), absl::StrCat("Story ", reference));
+        EXPECT_EQ(source.title(), absl::StrCat("Story ", reference, " <b>&amp;"));
         EXPECT_EQ(source.uri(), absl::StrCat("https://example.org/stories/", reference));
         EXPECT_EQ(source.char_end(), OfflineModel::TextOf(reference).size());
       }

@@ -296,7 +296,7 @@ void OfflineModel::FillKnowledgeBase(MemoryClient& client, const v1::KnowledgeBa
     v1::Entry entry;
     v1::Source& source = *entry.mutable_source();
     source.set_document_id(absl::StrCat("story-", i));
-    source.set_title(absl::StrCat("Story ", i));
+    source.set_title(absl::StrCat("Story ", i, " <b>&amp;"));  // a page must not take it for markup
     source.set_uri(absl::StrCat("https://example.org/stories/", i));
     source.set_char_end(TextOf(i).size());
     source.set_text(TextOf(i));

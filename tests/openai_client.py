@@ -1,4 +1,4 @@
-"""OpenAI's own Python client against the HTTP gateway: http_gateway_test starts it.
+"""OpenAI's own Python client against the real server: inference_http_test starts it.
 
 usage: openai_client.py URL API_KEY
 The server: model stories260K, knowledge base `harbour`, one running and two waiting requests.
@@ -102,8 +102,8 @@ def memory():
     prompt = "Lily had a red boat"
     answer = client.completions.create(prompt=prompt, max_tokens=8, extra_body=body, **GREEDY)
     read = answer.memory["chunks"][0]["memories"]
-    assert len(read) == 2 and read[0]["sources"][0]["uri"] == "https://example.org/tales/0", read
-    assert "harbour" in read[0]["sources"][0]["text"]
+    assert len(read) == 2 and read[0]["sources"][0]["uri"] == "https://example.org/stories/0", read
+    assert "red ball" in read[0]["sources"][0]["text"]
     parts = client.completions.create(prompt=prompt, max_tokens=8, stream=True, extra_body=body, **GREEDY)
     chunks = [chunk for part in parts for chunk in (getattr(part, "memory", None) or {}).get("chunks", [])]
     assert [chunk["chunk"] for chunk in chunks] == [0, 1], chunks
@@ -113,9 +113,9 @@ def memory():
     assert named.choices[0].text == answer.choices[0].text
     expect_error(openai.NotFoundError, lambda: client.completions.create(
         prompt="a", extra_body={"memory": {"knowledge_base": "nowhere"}}, **GREEDY))
-    only = {"memory": {"knowledge_base": "harbour", "filter": {"document_ids": ["tale-3"]}}}
+    only = {"memory": {"knowledge_base": "harbour", "filter": {"document_ids": ["story-3"]}}}
     answer = client.completions.create(prompt=prompt, max_tokens=4, extra_body=only, **GREEDY)
-    assert {m["sources"][0]["document_id"] for m in answer.memory["chunks"][0]["memories"]} <= {"tale-3"}
+    assert {m["sources"][0]["document_id"] for m in answer.memory["chunks"][0]["memories"]} <= {"story-3"}
 
 
 def errors():

@@ -1,6 +1,6 @@
-"""The page at / in a real Chromium: http_gateway_test starts the server.
+"""The page at / in a real Chromium: inference_http_test starts the server.
 
-usage: web_page.py URL [SCREENSHOT.png]
+usage: web_page.py URL
 Types a prompt, asks, watches both answers stream in, opens what a chunk read; and sees to it that
 nothing was complained about, nothing asked elsewhere, and no text of a source became markup.
 """
@@ -14,7 +14,6 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 url = sys.argv[1]
-screenshot = sys.argv[2] if len(sys.argv) > 2 else None
 
 options = webdriver.ChromeOptions()
 options.binary_location = "/usr/bin/chromium"
@@ -78,19 +77,26 @@ try:
     chunks = driver.find_elements(By.CSS_SELECTOR, "#with .chunk[data-chunk]")
     assert [c.get_attribute("data-chunk") for c in chunks] == ["0", "1", "2", "3"]
     assert not driver.find_elements(By.CSS_SELECTOR, "#without details")
+    # Each chunk's text is that of its own 64 tokens, its first included, as the API tells them.
+    told = driver.execute_async_script("""
+        const body = {model: "stories260K", prompt: "Lily had a red boat", max_tokens: 150, temperature: 0,
+                      logprobs: 0, memory: {knowledge_base: "harbour"}};
+        fetch("v1/completions", {method: "POST", body: JSON.stringify(body)})
+            .then((answer) => answer.json()).then(arguments[0]);""")["choices"][0]["logprobs"]["tokens"]
+    assert len(told) == 150, told
+    shown = driver.execute_script("""
+        return [...document.querySelectorAll("#with .chunk:not(.given) p:not(.empty)")].map((p) => p.textContent)""")
+    assert shown == ["".join(told[i:i + 64]) for i in (0, 64, 128)], (shown, told)
     details = find("#with .chunk[data-chunk='2'] details")
     assert not details.get_attribute("open")
     assert not details.find_element(By.CSS_SELECTOR, "li").is_displayed()
     details.find_element(By.TAG_NAME, "summary").click()
     wait(lambda: details.find_element(By.CSS_SELECTOR, "li").is_displayed(), "the sources")
     first = details.find_element(By.CSS_SELECTOR, "li").text
-    for expected in ("Tale ", " <b>&amp;", "https://example.org/tales/", "characters 0 to ", "score ",
+    for expected in ("Story ", " <b>&amp;", "https://example.org/stories/", "characters 0 to ", "score ",
                      "from "):
         assert expected in first, (expected, first)
     assert not details.find_elements(By.CSS_SELECTOR, "li b b"), "a title became markup"
-    if screenshot:
-        driver.execute_script("window.scrollTo(0, 0)")
-        driver.save_screenshot(screenshot)
 
     # The keyboard alone: ask, and stop.
     tokens.clear()

@@ -71,7 +71,9 @@ class Answer {
     this.text.replaceChildren();
     this.numbers.replaceChildren();
     this.current = null; // the paragraph that text is added to
+    this.pieces = []; // its tokens: text nodes and which token of the answer each is
     this.tokens = 0;
+    this.answerBegin = null; // where the server's count of tokens reaches the answer
     this.began = this.first = this.last = 0;
   }
 
@@ -95,13 +97,20 @@ class Answer {
     return this.current;
   }
 
+  // `tokens`: the texts of the tokens that `text` consists of.
   add(text, tokens) {
-    if (!text && !tokens) return;
+    if (!text && !tokens.length) return;
     const now = performance.now();
     this.first ||= now;
     this.last = now;
-    this.tokens += tokens;
-    this.paragraph().append(text);
+    // A character may end in another event than the token that begins it: such texts stay whole.
+    const parts = tokens.join("") === text ? tokens : [text, ...tokens.slice(1).map(() => "")];
+    for (const part of parts) {
+      const node = document.createTextNode(part);
+      this.pieces.push({ node, token: this.tokens });
+      if (tokens.length) ++this.tokens;
+      this.paragraph().append(node);
+    }
     this.show();
   }
 
@@ -122,8 +131,15 @@ class Answer {
     const what = `${chunk.generated ? "answer" : "prompt"}, tokens ${chunk.token_begin} to ${chunk.token_end}`;
     let place;
     if (chunk.generated) {
-      // Told as the chunk begins: its text is still to come, above what it read.
+      // Told as its first token is read again: that token is here already and moves to it. The rest
+      // is still to come, above what it read.
+      this.answerBegin ??= chunk.token_begin;
+      const begin = chunk.token_begin - this.answerBegin;
+      this.pieces = this.pieces.filter((piece) => piece.token >= begin);
+      const before = this.current;
       this.current = element("p");
+      this.current.append(...this.pieces.map((piece) => piece.node));
+      if (before && !before.hasChildNodes()) before.parentNode.remove();
       place = element("div", { class: "chunk" }, this.current);
     } else {
       place = element("div", { class: "chunk given" });
@@ -194,8 +210,8 @@ class Answer {
         timings = part.timings || timings;
         const choice = part.choices[0];
         if (choice) {
-          const logprobs = choice.logprobs?.content || choice.logprobs?.tokens || [];
-          this.add(choice.text ?? choice.delta.content ?? "", logprobs.length);
+          const tokens = choice.logprobs?.content?.map((one) => one.token) || choice.logprobs?.tokens || [];
+          this.add(choice.text ?? choice.delta.content ?? "", tokens);
         }
         if (part.usage) this.show(part.usage, timings);
       }
@@ -236,7 +252,7 @@ async function ask() {
     max_tokens: Number($("tokens").value),
     temperature: Number($("temperature").value),
     seed: Math.floor(Math.random() * 2 ** 31), // one for both, so that only memory differs
-    logprobs: chat ? true : 0, // counts the tokens of each part
+    logprobs: chat ? true : 0, // tells the tokens of each part
     stream: true,
     stream_options: { include_usage: true },
     ...(chat ? { messages: [{ role: "user", content: prompt }] } : { prompt }),
