@@ -57,6 +57,7 @@ int Main(int argc, char** argv) {
     const EngineStats before = world->engine().stats();
     const absl::Time start = absl::Now();
     std::vector<std::thread> threads;
+    threads.reserve(clients);
     for (int c = 0; c < clients; ++c) {
       threads.emplace_back([&, c, first = number + c * each] {
         for (int i = 0; i < each; ++i) {

@@ -195,9 +195,8 @@ class WriterBench {
     for (int round = 0; round < rounds; ++round) {
       forwards.push_back(forward.Seconds(input.references));
       for (int c = 0; c < 2; ++c) {
-        whole[c].push_back(
-            Write(absl::StrCat(name, "-", std::string(CodecName(codecs[c])), "-", round), model,
-                  input, codecs[c]));
+        whole[c].push_back(Write(absl::StrCat(name, std::string(CodecName(codecs[c])), "-", round),
+                                 model, input, codecs[c]));
         forwards.push_back(forward.Seconds(input.references));
       }
     }

@@ -348,9 +348,9 @@ TEST_F(InferenceClientsTest, ListensAtOnceAndIsReadyWhenTheModelIsLoaded) {
 
 TEST_F(InferenceClientsTest, KeysTenantsAndTls) {
   const auto run = [&](const std::string& command) {
-    ASSERT_EQ(
-        std::system(absl::StrCat("cd ", directory_ / "", " && (", command, ") 2>/dev/null").c_str()),
-        0)
+    ASSERT_EQ(std::system(
+                  absl::StrCat("cd ", directory_ / "", " && (", command, ") 2>/dev/null").c_str()),
+              0)
         << command;
   };
   run("openssl req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=test-ca "
