@@ -68,7 +68,7 @@ class DistinctBase final : public MemoryBase {
   void Evicted(const RecordId& id) override { inner_->Evicted(id); }
 
  private:
-  void Replace(std::shared_ptr<SourceAnswer> answer, std::vector<SourceHit*> again,
+  void Replace(const std::shared_ptr<SourceAnswer>& answer, std::vector<SourceHit*> again,
                SourceCallback done) {
     if (again.empty()) {
       done(std::move(*answer));
