@@ -4,7 +4,7 @@ JOBS    ?= $(shell nproc)
 PRESET  ?= release
 CONFIGURE ?=
 
-.PHONY: setup build test bench check bundle demo serve clean
+.PHONY: setup build test bench check bundle demo serve evaluate clean
 
 setup:           ## install what is missing
 	@tools/setup
@@ -30,6 +30,9 @@ demo: build      ## both servers, the demo's documents, its questions with and w
 
 serve: build     ## both servers with models/tiny until Ctrl-C; prints the page's address
 	@$(BUILD)/bin/memory3 serve --model models/tiny --data $(BUILD)/serve
+
+evaluate: build  ## answers with and without memory, measured through the servers; FLAGS="--questions 20"
+	@$(BUILD)/bin/memory3_evaluate --directory $(BUILD)/evaluate $(FLAGS)
 
 clean:
 	@rm -rf build build-*

@@ -12,7 +12,7 @@ namespace memory3 {
 namespace {
 
 struct Arguments {
-  Question question;
+  AskRequest question;
   std::string stop = "\\n";
   bool no_memory = false, compare = false;
 };
@@ -45,7 +45,7 @@ void PrintSources(const Answer& answer) {
 }
 
 absl::Status AskOnce(const Session& session, v1::InferenceService::Stub& stub,
-                     const Question& question) {
+                     const AskRequest& question) {
   absl::StatusOr<Answer> answer = Ask(
       session, stub, question,
       [&](std::string_view piece) {
@@ -67,7 +67,7 @@ absl::Status AskOnce(const Session& session, v1::InferenceService::Stub& stub,
 absl::Status RunAsk(const Session& session, Arguments arguments) {
   absl::StatusOr<std::unique_ptr<v1::InferenceService::Stub>> stub = session.OpenInference();
   if (!stub.ok()) return stub.status();
-  Question& question = arguments.question;
+  AskRequest& question = arguments.question;
   question.stop.clear();
   if (!arguments.stop.empty())
     question.stop.push_back(arguments.stop == "\\n" ? "\n" : arguments.stop);
@@ -87,7 +87,7 @@ absl::Status RunAsk(const Session& session, Arguments arguments) {
 
 void AddAskCommand(CLI::App& app, Commands& commands) {
   const auto arguments = std::make_shared<Arguments>();
-  Question& question = arguments->question;
+  AskRequest& question = arguments->question;
   CLI::App* ask = app.add_subcommand("ask", "Ask a question; the answer streams, with its sources");
   ask->add_option("KB", question.knowledge_base, "Knowledge base, name or alias")->required();
   ask->add_option("QUESTION", question.text)->required();

@@ -27,7 +27,7 @@ struct Arguments {
   std::string model = "models/tiny", knowledge = "demo/knowledge",
               questions = "demo/questions.jsonl";
   std::string directory = "build/demo";
-  std::string prompt = Question().prompt;
+  std::string prompt = AskRequest().prompt;
   int shown = 5;
 };
 
@@ -80,7 +80,7 @@ absl::StatusOr<Totals> AskAll(const Session& session, const Arguments& arguments
   for (size_t i = 0; i < questions.size(); ++i) {
     if (Interrupted()) return absl::CancelledError("interrupted");
     if (absl::Status status = servers.Running(); !status.ok()) return status;
-    Question question;
+    AskRequest question;
     question.text = questions[i].question;
     question.knowledge_base = kKnowledgeBase;
     question.prompt = arguments.prompt;

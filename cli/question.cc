@@ -9,12 +9,10 @@
 namespace memory3 {
 namespace {
 
-v1::GenerateRequest ToRequest(const Question& question) {
+v1::GenerateRequest ToRequest(const AskRequest& question) {
   v1::GenerateRequest request;
-  request.set_text(absl::StrReplaceAll(question.prompt, {{"{}", question.text}}));
-  v1::MemoryOptions& memory = *request.mutable_memory();
-  memory.set_enabled(question.memory && !question.knowledge_base.empty());
-  if (memory.enabled()) memory.set_knowledge_base(question.knowledge_base);
+  request.set_text(PromptOf(question));
+  *request.mutable_memory() = MemoryOptionsOf(question);
   request.mutable_sampling()->set_temperature(question.temperature);
   v1::StopOptions& stopping = *request.mutable_stopping();
   stopping.set_max_new_tokens(static_cast<uint32_t>(question.max_tokens));
@@ -42,8 +40,24 @@ void AddSources(const v1::ChunkProvenance& chunk, Answer& answer) {
 
 }  // namespace
 
+std::string PromptOf(const AskRequest& question) {
+  return absl::StrReplaceAll(question.prompt, {{"{}", question.text}});
+}
+
+v1::MemoryOptions MemoryOptionsOf(const AskRequest& question) {
+  v1::MemoryOptions memory;
+  memory.set_enabled(question.memory && !question.knowledge_base.empty());
+  if (!memory.enabled()) return memory;
+  memory.set_knowledge_base(question.knowledge_base);
+  if (question.references_per_chunk.has_value())
+    memory.set_references_per_chunk(*question.references_per_chunk);
+  for (const std::string& id : question.document_ids) memory.mutable_filter()->add_document_ids(id);
+  memory.set_with_text(question.with_text);
+  return memory;
+}
+
 absl::StatusOr<Answer> Ask(const Session& session, v1::InferenceService::Stub& stub,
-                           const Question& question,
+                           const AskRequest& question,
                            const std::function<void(std::string_view)>& piece,
                            const std::function<void(const v1::GenerateResponse&)>& event) {
   const std::unique_ptr<grpc::ClientContext> context = session.NewContext();

@@ -3,7 +3,9 @@
 // Thread-safety: Ask from any thread, with a stub of its own or shared.
 #pragma once
 
+#include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,15 +15,18 @@
 
 namespace memory3 {
 
-struct Question {
+struct AskRequest {
   std::string text;
   std::string knowledge_base;  // empty: none
   bool memory = true;
   // How a question becomes a prompt; {} stands for it.
-  std::string prompt = "Question: {}\nAnswer:";
+  std::string prompt = "AskRequest: {}\nAnswer:";
   int max_tokens = 64;
   float temperature = 0;
   std::vector<std::string> stop = {"\n"};
+  std::optional<uint32_t> references_per_chunk;  // default: the model's
+  std::vector<std::string> document_ids;         // only these documents are read; empty: all
+  bool with_text = false;                        // sources carry the references' text
 };
 
 struct ReadSource {
@@ -36,9 +41,12 @@ struct Answer {
   v1::Finish finish;
 };
 
+std::string PromptOf(const AskRequest& question);
+v1::MemoryOptions MemoryOptionsOf(const AskRequest& question);
+
 // `piece` is given the answer's text as it comes; `event` (may be null) every message as it is.
 absl::StatusOr<Answer> Ask(const Session& session, v1::InferenceService::Stub& stub,
-                           const Question& question,
+                           const AskRequest& question,
                            const std::function<void(std::string_view)>& piece,
                            const std::function<void(const v1::GenerateResponse&)>& event = nullptr);
 

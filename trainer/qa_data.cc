@@ -3,7 +3,10 @@
 #include <dnnl.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <numeric>
+#include <optional>
+#include <utility>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
@@ -48,39 +51,100 @@ absl::Status ReadString(const json& line, const char* field, const std::string& 
   return absl::OkStatus();
 }
 
-absl::StatusOr<Question> ParseQuestion(std::string_view text, const std::string& place) {
-  absl::StatusOr<json> line = ParseJson(text, place);
-  if (!line.ok()) return line.status();
-  if (!line->is_object()) return absl::InvalidArgumentError(absl::StrCat(place, ": no object"));
-  Question q;
-  for (const auto& [field, out] :
-       {std::pair{"question", &q.question}, std::pair{"answer_found", &q.answer},
-        std::pair{"title", &q.title}, std::pair{"passage", &q.passage}}) {
-    if (absl::Status status = ReadString(*line, field, place, out); !status.ok()) return status;
-  }
-  const auto answers = line->find("answers");
-  if (answers == line->end() || !answers->is_array()) {
+absl::Status ReadAnswers(const json& line, const std::string& place, Question* q) {
+  const auto answers = line.find("answers");
+  if (answers == line.end() || !answers->is_array()) {
     return absl::InvalidArgumentError(absl::StrCat(place, ": field \"answers\" is no list"));
   }
   for (const json& answer : *answers) {
     if (!answer.is_string()) {
       return absl::InvalidArgumentError(absl::StrCat(place, ": field \"answers\" holds no text"));
     }
-    q.answers.push_back(answer.get<std::string>());
+    q->answers.push_back(answer.get<std::string>());
   }
+  return absl::OkStatus();
+}
+
+absl::Status ReadTexts(
+    const json& line, const std::string& place,
+    std::initializer_list<std::pair<const char*, std::string*>> fields_and_texts) {
+  for (const auto& [field, out] : fields_and_texts) {
+    if (absl::Status status = ReadString(line, field, place, out); !status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::optional<Question>> ParseQuestion(const json& line, const std::string& place,
+                                                      const HoldOut& hold_out) {
+  Question q;
+  absl::Status status = ReadTexts(line, place,
+                                  {{"question", &q.question},
+                                   {"answer_found", &q.answer},
+                                   {"title", &q.title},
+                                   {"passage", &q.passage}});
+  if (status.ok()) status = ReadAnswers(line, place, &q);
+  if (!status.ok()) return status;
   if (std::find(q.answers.begin(), q.answers.end(), q.answer) == q.answers.end()) {
     q.answers.push_back(q.answer);
   }
   for (const char* field : {"doc_id", "n_title_words"}) {
-    const auto found = line->find(field);
-    if (found == line->end() || !found->is_number_integer()) {
+    const auto found = line.find(field);
+    if (found == line.end() || !found->is_number_integer()) {
       return absl::InvalidArgumentError(
           absl::StrCat(place, ": field \"", field, "\" is no whole number"));
     }
   }
-  q.document = (*line)["doc_id"].get<int64_t>();
-  q.title_words = (*line)["n_title_words"].get<int>();
+  q.document = line["doc_id"].get<int64_t>();
+  q.title_words = line["n_title_words"].get<int>();
+  Document document;
+  document.id = absl::StrCat(q.document);
+  document.title = q.title;
+  if (hold_out.Contains(document)) return std::nullopt;
   return q;
+}
+
+absl::StatusOr<std::optional<Question>> ParseSquadQuestion(const json& line,
+                                                           const std::string& place) {
+  const auto unanswerable = line.find("unanswerable");
+  if (unanswerable == line.end() || !unanswerable->is_boolean()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(place, ": field \"unanswerable\" is neither true nor false"));
+  }
+  if (unanswerable->get<bool>()) return std::nullopt;
+  Question q;
+  absl::Status status = ReadTexts(
+      line, place, {{"question", &q.question}, {"title", &q.title}, {"context", &q.passage}});
+  if (status.ok()) status = ReadAnswers(line, place, &q);
+  if (!status.ok()) return status;
+  if (q.answers.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(place, ": field \"answers\" is empty"));
+  }
+  q.answer = q.answers[0];
+  return q;
+}
+
+// Questions of the lines that `parse`(line, place) takes: nothing leaves one out.
+template <typename Parse>
+absl::StatusOr<std::vector<Question>> ReadQuestionLines(const std::string& path, Parse parse) {
+  absl::StatusOr<std::string> text = ReadWhole(path);
+  if (!text.ok()) return text.status();
+  std::vector<Question> questions;
+  int64_t number = 0;
+  for (const absl::string_view line : absl::StrSplit(*text, '\n')) {
+    ++number;
+    if (absl::StripAsciiWhitespace(line).empty()) continue;
+    const std::string place = absl::StrCat(path, ":", number);
+    absl::StatusOr<json> object = ParseJson(std::string_view(line.data(), line.size()), place);
+    if (!object.ok()) return object.status();
+    if (!object->is_object()) return absl::InvalidArgumentError(absl::StrCat(place, ": no object"));
+    absl::StatusOr<std::optional<Question>> question = parse(*object, place);
+    if (!question.ok()) return question.status();
+    if (question->has_value()) questions.push_back(**std::move(question));
+  }
+  if (questions.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": holds no question to use"));
+  }
+  return questions;
 }
 
 // Whether `words` stand in a row in `text`.
@@ -175,25 +239,17 @@ Cloze TryCloze(const CutReference& reference, Random* random) {
 
 absl::StatusOr<std::vector<Question>> LoadQuestions(const std::string& path,
                                                     const HoldOut& hold_out) {
-  absl::StatusOr<std::string> text = ReadWhole(path);
-  if (!text.ok()) return text.status();
-  std::vector<Question> questions;
-  int64_t number = 0;
-  for (const absl::string_view line : absl::StrSplit(*text, '\n')) {
-    ++number;
-    if (absl::StripAsciiWhitespace(line).empty()) continue;
-    absl::StatusOr<Question> question =
-        ParseQuestion(std::string_view(line.data(), line.size()), absl::StrCat(path, ":", number));
-    if (!question.ok()) return question.status();
-    Document document;
-    document.id = absl::StrCat(question->document);
-    document.title = question->title;
-    if (!hold_out.Contains(document)) questions.push_back(*std::move(question));
-  }
-  if (questions.empty()) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": holds no question to use"));
-  }
-  return questions;
+  return ReadQuestionLines(path, [&](const json& line, const std::string& place) {
+    return ParseQuestion(line, place, hold_out);
+  });
+}
+
+absl::StatusOr<std::vector<Question>> LoadSquadQuestions(const std::string& path) {
+  return ReadQuestionLines(path, ParseSquadQuestion);
+}
+
+bool HoldsAnswer(std::string_view text, std::string_view answer) {
+  return HasWords(AnswerWords(text), AnswerWords(answer));
 }
 
 int QaStore::Add(CutReference reference) {

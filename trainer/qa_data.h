@@ -34,6 +34,10 @@ struct Question {
 absl::StatusOr<std::vector<Question>> LoadQuestions(const std::string& path,
                                                     const HoldOut& hold_out);
 
+// The questions of a SQuAD file as the shared data has it that can be answered: a .jsonl (also .gz,
+// .zst) with question, answers, context, title and unanswerable. `document` is 0. Errors as above.
+absl::StatusOr<std::vector<Question>> LoadSquadQuestions(const std::string& path);
+
 // References, all different, and exact search over them by cosine.
 class QaStore {
  public:
@@ -55,6 +59,9 @@ class QaStore {
   absl::flat_hash_map<std::string, int> index_;  // by text
   std::vector<float> vectors_;                   // [size, dimension], of the first so many
 };
+
+// Whether a text holds the words of an answer in a row, both normalised (qa_metrics.h).
+bool HoldsAnswer(std::string_view text, std::string_view answer);
 
 struct QaExample {
   std::vector<int32_t> prompt;  // without `<s>`

@@ -62,6 +62,33 @@ ModelConfig TinyConfig(int vocab) {
   return c;
 }
 
+TEST(SquadTest, OnlyAnswerableQuestionsAreReadAndBadLinesAreNamed) {
+  const fs::path path = fs::path(::testing::TempDir()) / absl::StrCat("squad_", getpid(), ".jsonl");
+  json line = {{"question", "Who?"},
+               {"answers", {"Rollo", "the Rollo"}},
+               {"title", "Normans"},
+               {"context", "Rollo did."},
+               {"unanswerable", false}};
+  const auto load = [&](const json& second) {
+    std::ofstream(path) << line.dump() << "\n" << second.dump() << "\n";
+    return LoadSquadQuestions(path.string());
+  };
+  json unanswerable = line;
+  unanswerable["unanswerable"] = true;
+  const absl::StatusOr<std::vector<Question>> questions = load(unanswerable);
+  ASSERT_TRUE(questions.ok()) << questions.status();
+  ASSERT_EQ(questions->size(), 1u);
+  EXPECT_EQ((*questions)[0].answer, "Rollo");
+  EXPECT_EQ((*questions)[0].passage, "Rollo did.");
+  for (const char* field : {"question", "answers", "title", "context", "unanswerable"}) {
+    json bad = line;
+    bad.erase(field);
+    EXPECT_THAT(std::string(load(bad).status().message()),
+                ::testing::AllOf(HasSubstr(":2"), HasSubstr(field)));
+  }
+  fs::remove(path);
+}
+
 class QaTest : public ::testing::Test {
  protected:
   void SetUp() override {
