@@ -5,25 +5,19 @@ Types a prompt, asks, watches both answers stream in, opens what a chunk read; a
 nothing was complained about, nothing asked elsewhere, and no text of a source became markup.
 """
 import json
+import re
 import sys
-import tempfile
+import time
 
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from browser import open_browser
+
 url = sys.argv[1]
 
-options = webdriver.ChromeOptions()
-options.binary_location = "/usr/bin/chromium"
-for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
-                 "--window-size=1180,900", "--hide-scrollbars",
-                 "--disable-background-networking", "--disable-component-update",
-                 "--user-data-dir=" + tempfile.mkdtemp()):
-    options.add_argument(argument)
-options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
+driver = open_browser()
 
 
 def wait(condition, what):
@@ -62,6 +56,7 @@ try:
     tokens = find("#tokens")
     tokens.clear()
     tokens.send_keys("150")
+    begin = time.monotonic()
     find("#go").click()
     wait(lambda: find("#go").is_enabled() and "tokens/s" in text("#with .numbers")
          and "tokens/s" in text("#without .numbers"), "both answers")
@@ -70,6 +65,9 @@ try:
         assert steps > 10, f"{answer} came in {steps} steps: that is no stream"
         numbers = text(f"#{answer} .numbers")
         assert "to the first token" in numbers and "tokens\n150" in numbers, numbers
+        # The rate is the server's; the page's own clock would have run longer.
+        rate = float(re.search(r"tokens/s\n([\d.]+)", numbers)[1])
+        assert rate >= 149 / (time.monotonic() - begin), (rate, numbers)
     assert len(text("#without .text")) > 100
     assert text("#without .text") != text("#with .text")
 
@@ -111,6 +109,17 @@ try:
     wait(lambda: driver.execute_script("return window.started"), "the start")
     prompt.send_keys(Keys.ESCAPE)
     wait(lambda: find("#go").is_enabled(), "the stop")
+    # One line: nothing after the first line break, which the answer above has.
+    assert "\n" in shown[0] + shown[1], shown
+    tokens.clear()
+    tokens.send_keys("149")
+    find("#line").click()
+    find("#go").click()
+    wait(lambda: find("#go").is_enabled() and find("#with .text").text, "one line")
+    line = driver.execute_script("""
+        return [...document.querySelectorAll("#with .chunk:not(.given) p:not(.empty)")].map((p) => p.textContent)""")
+    assert "".join(line) == "".join(shown).split("\n")[0], (line, shown)
+    find("#line").click()
     # As a chat.
     find("#mode").send_keys("a question")
     tokens.clear()

@@ -119,7 +119,8 @@ class Answer {
     const entries = [];
     const first = timings ? timings.time_to_first_token_ms : this.first - this.began;
     if (this.first || timings) entries.push([`${Math.round(first)} ms`, "to the first token"]);
-    const seconds = (this.last - this.first) / 1000;
+    // Few tokens may arrive all at once: in the end the server's own clock counts.
+    const seconds = (timings ? timings.decode_ms : this.last - this.first) / 1000;
     if (tokens > 1 && seconds > 0) entries.push([((tokens - 1) / seconds).toFixed(1), "tokens/s"]);
     if (tokens) entries.push([String(tokens), "tokens"]);
     this.numbers.replaceChildren(...entries.map(([value, name]) =>
@@ -253,6 +254,7 @@ async function ask() {
     temperature: Number($("temperature").value),
     seed: Math.floor(Math.random() * 2 ** 31), // one for both, so that only memory differs
     logprobs: chat ? true : 0, // tells the tokens of each part
+    ...($("line").checked ? { stop: ["\n"] } : {}),
     stream: true,
     stream_options: { include_usage: true },
     ...(chat ? { messages: [{ role: "user", content: prompt }] } : { prompt }),
