@@ -171,11 +171,11 @@ TEST_F(TrainerTest, FinetuningStopsAndGoesOnToTheSameBytesAndIsEvaluated) {
               << "\n";
   }
   questions.close();
-  for (const char* const mode : {"memory", "text"}) {
+  // "groups": as memories, with references shared by a group's questions.
+  for (const std::string mode : {"memory", "text", "groups"}) {
     const auto arguments = [&](const std::string& out, const std::string& stop) {
-      return std::vector<std::string>{"finetune",       Path("questions.jsonl"),
+      std::vector<std::string> all = {"finetune",       Path("questions.jsonl"),
                                       "--model",        Path("memory/model"),
-                                      "--mode",         mode,
                                       "--out",          Path(out),
                                       "--steps",        "8",
                                       "--batch",        "4",
@@ -185,6 +185,14 @@ TEST_F(TrainerTest, FinetuningStopsAndGoesOnToTheSameBytesAndIsEvaluated) {
                                       "--clozes",       "10",
                                       "--threads",      "1",
                                       "--hold_out_ids", "10:3"};
+      const std::vector<std::string> more =
+          mode == "groups"
+              ? std::vector<std::string>{"--groups",         "2",   "--texts",  Path("text.jsonl"),
+                                         "--text_groups",    "0.5", "--sparse", "0.5",
+                                         "--previous_query", "0.5"}
+              : std::vector<std::string>{"--mode", mode};
+      all.insert(all.end(), more.begin(), more.end());
+      return all;
     };
     const std::string whole = absl::StrCat("whole_", mode), pieces = absl::StrCat("pieces_", mode);
     ASSERT_EQ(Run(arguments(whole, "0")), 0) << output_;
@@ -213,6 +221,10 @@ TEST_F(TrainerTest, FinetuningStopsAndGoesOnToTheSameBytesAndIsEvaluated) {
       Run({"finetune", Path("text.jsonl"), "--model", Path("memory/model"), "--out", Path("z")}),
       0);
   EXPECT_THAT(output_, HasSubstr("text.jsonl:1"));
+  EXPECT_NE(Run({"finetune", Path("questions.jsonl"), "--model", Path("memory/model"), "--out",
+                 Path("z"), "--mode", "text", "--groups", "2"}),
+            0);
+  EXPECT_THAT(output_, HasSubstr("groups"));
 }
 
 TEST_F(TrainerTest, BadInputIsRefusedByName) {

@@ -156,8 +156,13 @@ absl::StatusOr<TrainingBatch> ContinualBatches::Make(int64_t number) {
         SequenceOf(*corpus_, windows.back(), options_.tokens, tokenizer_->bos_id()));
   }
   windows.resize(std::lround(options_.retrieve * texts));
+  RetrievalOptions retrieval = options_.retrieval;
+  if (Random({options_.seed, static_cast<uint64_t>(number), 0x93e7}).Unit() <
+      options_.previous_query) {
+    retrieval.own_chunk_query = false;
+  }
   absl::Status status = AttachReferences(*config_, *tokenizer_, *corpus_, *index_, windows,
-                                         options_.retrieval, options_.seed, &batch);
+                                         retrieval, options_.seed, &batch);
   if (!status.ok()) return status;
   kinds_.assign(windows.size(), "text_with_references");
   kinds_.resize(texts, "text");

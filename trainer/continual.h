@@ -76,6 +76,9 @@ struct ContinualOptions {
   int accumulate = 1;   // batches of a step
   double copy = -1;     // part of the sequences that are copying exercises
   double retrieve = 1;  // part of the others that read references
+  // Part of the batches whose query is the 64 tokens before a chunk, as in use, not the chunk's
+  // own.
+  double previous_query = 0;
   StepSchedule kept, level;
   bool gradient_through_writing = true;
   RetrievalOptions retrieval;

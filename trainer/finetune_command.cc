@@ -10,6 +10,7 @@
 #include "trainer/progress.h"
 #include "trainer/qa_batches.h"
 #include "trainer/qa_data.h"
+#include "trainer/qa_groups.h"
 #include "trainer/reference_index.h"
 #include "trainer/run_flags.h"
 #include "transformer/checkpoint.h"
@@ -23,10 +24,12 @@ using nlohmann::json;
 struct FinetuneFlags : RunFlags {
   std::string questions, model, mode = "memory", embedder = "lexical", kept = "0@0";
   std::string hold_out_ids;
-  std::vector<std::string> hold_out_titles, shards;
+  std::vector<std::string> hold_out_titles, shards, texts;
   DeviceFlags device;
   int clozes = 20000, retrieved = 1, rehearsal = 2, rehearsal_context = 129;
-  double cloze = 0.3, rehearsal_copy = 0.5;
+  int title_words = 0, text_pieces = 20;
+  double cloze = 0.3, rehearsal_copy = 0.5, rehearsal_retrieve = 1, previous_query = 0;
+  QaGroupOptions group = {.groups = 0};
   int64_t references = 20000;
   bool stop_writing_gradient = false;
 };
@@ -59,6 +62,8 @@ struct Rehearsal {
     options.tokens = f.rehearsal_context;
     options.accumulate = f.run.accumulate;
     options.copy = f.rehearsal_copy;
+    options.retrieve = f.rehearsal_retrieve;
+    options.previous_query = f.previous_query;
     options.kept = kept;
     options.level = *level;
     options.gradient_through_writing = !f.stop_writing_gradient;
@@ -91,15 +96,25 @@ absl::Status RunFinetune(FinetuneFlags& f) {
   auto embedder = MakeEmbedder(f.embedder, {.threads = f.device.threads});
   if (!embedder.ok()) return embedder.status();
 
+  const bool grouped = f.group.groups > 0;
+  if (grouped && f.mode == "text") {
+    return absl::InvalidArgumentError("groups: references are shared as memories, not as text");
+  }
   auto questions = LoadQuestions(f.questions, *hold_out);
   if (!questions.ok()) return questions.status();
+  std::erase_if(*questions, [&](const Question& q) { return q.title_words < f.title_words; });
   QaStore store(embedder->get());
   QaExampleCounts counts;
   auto examples = MakeQaExamples(*questions, **tokenizer, memory.reference_tokens,
                                  memory.references_per_chunk - 1, /*skip=*/true, &store, &counts);
   if (!examples.ok()) return examples.status();
   std::vector<QaExample> clozes;
-  if (f.cloze > 0) {
+  std::vector<TextPieces> texts;
+  if (grouped && !f.texts.empty()) {
+    auto cut = CutTexts(f.texts, *hold_out, **tokenizer, memory.reference_tokens, f.text_pieces);
+    if (!cut.ok()) return cut.status();
+    texts = *std::move(cut);
+  } else if (!grouped && f.cloze > 0) {
     clozes = MakeClozeExamples(store, **tokenizer, f.clozes, f.seed);
     std::vector<std::string> queries;
     queries.reserve(clozes.size());
@@ -109,9 +124,9 @@ absl::Status RunFinetune(FinetuneFlags& f) {
   }
   std::printf(
       "%lld questions (%lld without a piece that has the answer left out), %zu clozes, "
-      "%d references\n",
+      "%d references, %zu texts\n",
       static_cast<long long>(counts.examples), static_cast<long long>(counts.without_answer),
-      clozes.size(), store.size());
+      clozes.size(), store.size(), texts.size());
   std::fflush(stdout);
   Rehearsal rehearsal;
   if (!f.shards.empty() && f.rehearsal > 0) {
@@ -135,24 +150,43 @@ absl::Status RunFinetune(FinetuneFlags& f) {
                     {"retrieved", f.retrieved},
                     {"rehearsal", rehearsal.batches ? f.rehearsal : 0},
                     {"rehearsal_copy", f.rehearsal_copy},
+                    {"rehearsal_retrieve", f.rehearsal_retrieve},
+                    {"previous_query", f.previous_query},
                     {"rehearsal_context", f.rehearsal_context},
                     {"data", rehearsal.corpus ? rehearsal.corpus->digest() : ""},
                     {"tokens_kept", f.kept},
                     {"stop_writing_gradient", f.stop_writing_gradient},
                     {"seed", f.seed},
                     {"batch", f.batch}};
-  QaBatches batches(&config, tokenizer->get(), &store, *std::move(examples), std::move(clozes),
-                    rehearsal.batches.get(),
-                    {.mode = f.mode == "text" ? QaMode::kText : QaMode::kMemory,
-                     .questions = f.batch,
-                     .accumulate = f.run.accumulate,
-                     .cloze = f.cloze,
-                     .retrieved = f.retrieved,
-                     .kept = *kept,
-                     .gradient_through_writing = !f.stop_writing_gradient,
-                     .seed = f.seed});
-  Recomputed recomputed(&batches);
-  BatchSource* const source = f.recompute ? static_cast<BatchSource*>(&recomputed) : &batches;
+  std::unique_ptr<BatchSource> batches;
+  if (grouped) {
+    f.group.accumulate = f.run.accumulate;
+    f.group.kept = *kept;
+    f.group.gradient_through_writing = !f.stop_writing_gradient;
+    f.group.seed = f.seed;
+    f.run.settings["groups"] = {{"groups", f.group.groups},
+                                {"texts", f.group.texts},
+                                {"text_documents", texts.size()},
+                                {"clozes", f.group.clozes},
+                                {"sparse", f.group.sparse}};
+    batches = std::make_unique<QaGroupBatches>(&config, tokenizer->get(), &store, &*questions,
+                                               *std::move(examples), std::move(texts),
+                                               rehearsal.batches.get(), f.group);
+  } else {
+    batches = std::make_unique<QaBatches>(
+        &config, tokenizer->get(), &store, *std::move(examples), std::move(clozes),
+        rehearsal.batches.get(),
+        QaBatchOptions{.mode = f.mode == "text" ? QaMode::kText : QaMode::kMemory,
+                       .questions = f.batch,
+                       .accumulate = f.run.accumulate,
+                       .cloze = f.cloze,
+                       .retrieved = f.retrieved,
+                       .kept = *kept,
+                       .gradient_through_writing = !f.stop_writing_gradient,
+                       .seed = f.seed});
+  }
+  Recomputed recomputed(batches.get());
+  BatchSource* const source = f.recompute ? static_cast<BatchSource*>(&recomputed) : batches.get();
   absl::StatusOr<RunOutcome> outcome = RunTraining(parameters->get(), source, f.run, nullptr);
   if (!outcome.ok()) return outcome.status();
   if (!outcome->finished) {
@@ -164,6 +198,29 @@ absl::Status RunFinetune(FinetuneFlags& f) {
   if (absl::Status status = SaveModelOnce(**parameters, out, f.model); !status.ok()) return status;
   std::printf("%s: %lld steps\n", out.c_str(), static_cast<long long>(outcome->step));
   return absl::OkStatus();
+}
+
+void AddGroupFlags(CLI::App* flags, FinetuneFlags* f) {
+  const auto group = [](CLI::Option* option) {
+    option->group("Shared references")->capture_default_str();
+  };
+  group(flags
+            ->add_option("--groups", f->group.groups,
+                         "Groups of a batch, in place of --batch: a group's references are encoded "
+                         "once and all its questions read them; 0: every question has its own")
+            ->check(CLI::Range(0, 65536)));
+  group(flags->add_option("--clozes_each", f->group.clozes, "Clozes of each reference of a group")
+            ->check(CLI::Range(0, 1024)));
+  group(flags->add_option("--texts", f->texts,
+                          "Documents for groups without questions; held-out ones are left out"));
+  group(flags->add_option("--text_groups", f->group.texts, "Part of the groups that are of these")
+            ->check(CLI::Range(0.0, 1.0)));
+  group(flags->add_option("--text_pieces", f->text_pieces, "First references of each document")
+            ->check(CLI::Range(2, 1 << 20)));
+  group(flags
+            ->add_option("--sparse", f->group.sparse,
+                         "Part of the batches that keep 64, 32, 16 or 8 tokens of a reference")
+            ->check(CLI::Range(0.0, 1.0)));
 }
 
 }  // namespace
@@ -188,6 +245,9 @@ void AddFinetuneCommand(CLI::App* app, Commands* commands) {
                     "MODULUS:REMAINDER: leaves out questions whose doc_id is so");
   flags->add_option("--hold_out_titles", f->hold_out_titles,
                     "A .jsonl whose `title` fields name documents whose questions are left out");
+  flags->add_option("--title_words", f->title_words, "Only questions with n_title_words at least")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   flags->add_option("--embedder", f->embedder, "Retrieves the other references")
       ->capture_default_str();
   flags
@@ -224,6 +284,19 @@ void AddFinetuneCommand(CLI::App* app, Commands* commands) {
   flags->add_option("--rehearsal_context", f->rehearsal_context, "Tokens of these")
       ->check(CLI::Range(2, 1 << 20))
       ->capture_default_str();
+  flags
+      ->add_option("--rehearsal_retrieve", f->rehearsal_retrieve,
+                   "Part of its sequences of text that read references")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  flags
+      ->add_option(
+          "--previous_query", f->previous_query,
+          "Part of its batches whose query is the 64 tokens before a chunk, not the chunk's "
+          "own")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  AddGroupFlags(flags, f.get());
   flags->add_option("--references", f->references, "References searched for the rehearsal")
       ->check(CLI::Range(1, 10000000))
       ->capture_default_str();

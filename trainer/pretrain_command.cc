@@ -108,6 +108,11 @@ void AddContinualFlags(CLI::App* flags, PretrainFlags* f) {
                          "language modelling")
             ->check(CLI::Range(0.0, 1.0)));
   group(flags
+            ->add_option("--previous_query", f->continual.previous_query,
+                         "Part of the batches whose query is the 64 tokens before a chunk, not the "
+                         "chunk's own")
+            ->check(CLI::Range(0.0, 1.0)));
+  group(flags
             ->add_option("--same_document", f->continual.retrieval.same_document,
                          "Probability that a chunk's reference is another piece of its document")
             ->check(CLI::Range(0.0, 1.0)));
@@ -168,6 +173,7 @@ struct ContinualStage {
                                    {"tokens_kept", f.kept},
                                    {"copy_level", f.level},
                                    {"retrieve", f.continual.retrieve},
+                                   {"previous_query", f.continual.previous_query},
                                    {"same_document", f.continual.retrieval.same_document},
                                    {"overlap_limit", f.continual.retrieval.overlap_limit},
                                    {"stop_writing_gradient", f.stop_writing_gradient}};

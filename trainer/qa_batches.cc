@@ -44,23 +44,33 @@ const QaExample& QaBatches::At(Order* list, int64_t number) const {
   return list->examples[list->order[number % n]];
 }
 
+TrainingSequence AnswerSequence(std::vector<int32_t> prompt, const std::vector<int32_t>& answer) {
+  TrainingSequence s;
+  s.token_ids = std::move(prompt);
+  s.targets.assign(s.token_ids.size() - 1, -1);
+  s.targets.insert(s.targets.end(), answer.begin(), answer.end());
+  s.token_ids.insert(s.token_ids.end(), answer.begin(), answer.end() - 1);
+  return s;
+}
+
+TrainingSequence QuestionSequence(const ModelConfig& config, const QaExample& example) {
+  std::vector<int32_t> prompt = {config.bos_token_id};
+  prompt.insert(prompt.end(), example.prompt.begin(), example.prompt.end());
+  return AnswerSequence(std::move(prompt), example.answer);
+}
+
 void QaBatches::AddQuestion(const QaExample& example, std::vector<int> references, Random* random,
                             TrainingBatch* batch) const {
-  TrainingSequence s;
-  if (options_.mode == QaMode::kText) {
-    for (size_t i = references.size(); i > 1; --i) {
-      std::swap(references[i - 1], references[random->Below(i)]);
-    }
-    s.token_ids =
-        TextPrompt(*tokenizer_, config_->bos_token_id, *store_, references, example.prompt);
-  } else {
-    s.token_ids = {config_->bos_token_id};
-    s.token_ids.insert(s.token_ids.end(), example.prompt.begin(), example.prompt.end());
+  if (options_.mode == QaMode::kMemory) {
+    batch->sequences.push_back(QuestionSequence(*config_, example));
+    return;
   }
-  s.targets.assign(s.token_ids.size() - 1, -1);
-  s.targets.insert(s.targets.end(), example.answer.begin(), example.answer.end());
-  s.token_ids.insert(s.token_ids.end(), example.answer.begin(), example.answer.end() - 1);
-  batch->sequences.push_back(std::move(s));
+  for (size_t i = references.size(); i > 1; --i) {
+    std::swap(references[i - 1], references[random->Below(i)]);
+  }
+  batch->sequences.push_back(AnswerSequence(
+      TextPrompt(*tokenizer_, config_->bos_token_id, *store_, references, example.prompt),
+      example.answer));
 }
 
 absl::StatusOr<TrainingBatch> QaBatches::Make(int64_t number) {

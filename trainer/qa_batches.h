@@ -38,6 +38,11 @@ std::vector<int32_t> TextPrompt(const Tokenizer& tokenizer, int32_t bos, const Q
                                 const std::vector<int>& references,
                                 const std::vector<int32_t>& prompt);
 
+// A prompt, `<s>` first, and its answer, with the loss on the answer.
+TrainingSequence AnswerSequence(std::vector<int32_t> prompt, const std::vector<int32_t>& answer);
+// The same of `<s>` and an example.
+TrainingSequence QuestionSequence(const ModelConfig& config, const QaExample& example);
+
 class QaBatches : public BatchSource {
  public:
   // All must outlive it. `clozes` may be empty; `rehearsal` may be null.

@@ -10,8 +10,8 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "trainer/cloze.h"
 #include "trainer/compressed_file.h"
 #include "trainer/qa_metrics.h"
 #include "trainer/random.h"
@@ -151,88 +151,6 @@ absl::StatusOr<std::vector<Question>> ReadQuestionLines(const std::string& path,
 bool HasWords(const std::vector<std::string>& text, const std::vector<std::string>& words) {
   return !words.empty() &&
          std::search(text.begin(), text.end(), words.begin(), words.end()) != text.end();
-}
-
-struct Word {
-  size_t begin = 0, end = 0;
-};
-
-// Words of a text, without the marks around them.
-std::vector<Word> WordsOf(std::string_view text) {
-  const auto is_mark = [](char c) {
-    return std::string_view(".,;:()\"'!?[]").find(c) != std::string_view::npos;
-  };
-  std::vector<Word> words;
-  for (size_t i = 0; i < text.size();) {
-    while (i < text.size() && absl::ascii_isspace(text[i])) ++i;
-    size_t end = i;
-    while (end < text.size() && !absl::ascii_isspace(text[end])) ++end;
-    Word w = {i, end};
-    while (w.begin < w.end && is_mark(text[w.begin])) ++w.begin;
-    while (w.end > w.begin && is_mark(text[w.end - 1])) --w.end;
-    if (w.end > w.begin) words.push_back(w);
-    i = end;
-  }
-  return words;
-}
-
-bool IsName(std::string_view word) {
-  return absl::ascii_isupper(word[0]) || absl::ascii_isdigit(word[0]);
-}
-
-// One cloze of a reference; an empty prompt where a try finds none.
-struct Cloze {
-  std::string question, answer;
-};
-Cloze TryCloze(const CutReference& reference, Random* random) {
-  constexpr int kContext = 9;         // words on each side
-  constexpr size_t kLongestName = 4;  // words
-  const std::string& text = reference.text;
-  const size_t body = text.size() - (reference.end - reference.begin);
-  const std::vector<Word> words = WordsOf(text);
-  const auto word = [&](size_t i) {
-    return std::string_view(text).substr(words[i].begin, words[i].end - words[i].begin);
-  };
-  if (words.size() < 12) return {};
-  size_t first = random->Below(words.size());
-  if (words[first].begin < body || !IsName(word(first))) return {};
-  // A sentence's first word is a capital for another reason.
-  if (first > 0 && text[words[first].begin - 2] == '.') return {};
-  size_t last = first;
-  // Names run on over single spaces.
-  const auto joined = [&](size_t i) {
-    return words[i].end + 1 == words[i + 1].begin && text[words[i].end] == ' ';
-  };
-  while (last + 1 < words.size() && last - first + 1 < kLongestName && joined(last) &&
-         IsName(word(last + 1))) {
-    ++last;
-  }
-  while (first > 0 && words[first - 1].begin >= body && last - first + 1 < kLongestName &&
-         joined(first - 1) && IsName(word(first - 1))) {
-    --first;
-  }
-  Cloze cloze;
-  cloze.answer = text.substr(words[first].begin, words[last].end - words[first].begin);
-  if (text.find(cloze.answer) != words[first].begin ||
-      text.find(cloze.answer, words[last].end) != std::string::npos) {
-    return {};
-  }
-  const double drop = 0.6 * random->Unit();
-  const size_t begin = first > kContext ? first - kContext : 0;
-  const size_t end = std::min(words.size(), last + 1 + kContext);
-  std::vector<std::string> asked;
-  for (size_t i = begin; i < end; ++i) {
-    if (words[i].begin < body) continue;
-    if (i == first) asked.emplace_back("what");
-    if (i >= first && i <= last) continue;
-    if (random->Unit() >= drop) asked.emplace_back(word(i));
-  }
-  if (asked.size() < 4) return {};
-  // Often with the title, as questions name what they are about.
-  std::string title = text.substr(0, body == 0 ? 0 : body - 1);
-  if (!title.empty() && random->Below(2) == 0) asked.insert(asked.begin(), title + ":");
-  cloze.question = absl::StrJoin(asked, " ") + "?";
-  return cloze;
 }
 
 }  // namespace

@@ -201,7 +201,6 @@ TEST_F(QaTest, AClozeAsksForWhatStandsOnceInItsReference) {
     EXPECT_NE(text.find(answer), std::string::npos) << answer;
     EXPECT_EQ(text.find(answer), text.rfind(answer)) << answer;
     EXPECT_EQ(tokenizer_->Decode(c.prompt).find(answer), std::string::npos);
-    EXPECT_THAT(tokenizer_->Decode(c.prompt), HasSubstr("what"));
   }
 }
 
