@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
 #include <iostream>
 #include <random>
 #include <utility>
@@ -146,7 +147,7 @@ void InferenceWorld::MakeKnowledgeBase(const std::vector<std::string>& articles)
   const LoadInfo info = Must(store->CommitLoad(kTenant, load, true));
   if (info.state != LoadState::kCommitted) Must(absl::InternalError(info.failure));
   Must(store->Sync());
-  std::fclose(std::fopen(done.c_str(), "w"));
+  if (!std::ofstream(done)) Must(absl::UnavailableError(done + " cannot be written"));
 }
 
 std::unique_ptr<InferenceWorld> InferenceWorld::Create(const InferenceWorldOptions& options) {

@@ -439,6 +439,7 @@ struct Setting {
 void RunRound(Setting& setting, double seconds) {
   std::vector<std::vector<double>> latencies(setting.clients.size());
   std::vector<std::thread> threads;
+  threads.reserve(setting.clients.size());
   const Clock::time_point start = Clock::now();
   for (size_t c = 0; c < setting.clients.size(); ++c) {
     threads.emplace_back([&, c] {
@@ -466,6 +467,7 @@ double Quantile(std::vector<double> values, double q) {
 }
 double Ratio(const Setting& ours, const Setting& other) {
   std::vector<double> ratios;
+  ratios.reserve(ours.qps.size());
   for (size_t i = 0; i < ours.qps.size(); ++i) ratios.push_back(ours.qps[i] / other.qps[i]);
   return Quantile(ratios, 0.5);
 }
