@@ -1,17 +1,16 @@
-# memory3_sentencepiece: SentencePiece's library as programs can have it beside libprotobuf (why and
-# how: bind_own_symbols.cc). A copy in BUILD/lib, found by the programs' rpath; installations carry it.
+# memory3_sentencepiece: SentencePiece's library as programs can have it beside libprotobuf. Debian's
+# carries a Protobuf of its own, of another version, and exports its symbols; in a program that loads
+# both, whichever comes first is used by both, and dies. So this is a copy that keeps its own to
+# itself (isolate_library.cc), in BUILD/lib, found by the programs' rpath; installations carry it.
 find_library(SENTENCEPIECE_LIBRARY sentencepiece REQUIRED)
-add_executable(bind_own_symbols ${CMAKE_CURRENT_LIST_DIR}/bind_own_symbols.cc)
-target_link_libraries(bind_own_symbols PRIVATE memory3_flags)
-# Nor may programs find its Protobuf where they look for libprotobuf's, whichever was linked first.
-add_executable(hide_protobuf ${CMAKE_CURRENT_LIST_DIR}/hide_protobuf.cc)
-target_link_libraries(hide_protobuf PRIVATE memory3_flags)
+add_executable(isolate_library ${CMAKE_CURRENT_LIST_DIR}/isolate_library.cc)
+target_link_libraries(isolate_library PRIVATE memory3_flags)
 set(copy ${CMAKE_BINARY_DIR}/lib/libm3sentencepiece.so)
 file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/lib)
+# As mangled names spell google::protobuf.
 add_custom_command(OUTPUT ${copy}
-  COMMAND bind_own_symbols ${SENTENCEPIECE_LIBRARY} ${copy} libm3sentencepiece.so
-  COMMAND hide_protobuf ${copy} ${copy}
-  DEPENDS bind_own_symbols hide_protobuf ${SENTENCEPIECE_LIBRARY} VERBATIM)
+  COMMAND isolate_library ${SENTENCEPIECE_LIBRARY} ${copy} libm3sentencepiece.so 6google8protobuf
+  DEPENDS isolate_library ${SENTENCEPIECE_LIBRARY} VERBATIM)
 add_custom_target(memory3_sentencepiece_copy DEPENDS ${copy})
 add_library(memory3_sentencepiece SHARED IMPORTED GLOBAL)
 set_target_properties(memory3_sentencepiece PROPERTIES IMPORTED_LOCATION ${copy})
