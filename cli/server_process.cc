@@ -100,7 +100,7 @@ absl::StatusOr<ServerProcess> ServerProcess::Start(const std::string& binary,
     const sigset_t set = Watched();
     sigprocmask(SIG_UNBLOCK, &set, nullptr);
     const int nothing = open("/dev/null", O_RDONLY);
-    dup2(nothing, STDIN_FILENO);
+    if (nothing >= 0) dup2(nothing, STDIN_FILENO);
     if (log >= 0) {
       dup2(log, STDOUT_FILENO);
       dup2(log, STDERR_FILENO);

@@ -191,6 +191,7 @@ TEST_F(BertTest, BatchThreadsAndCallersDoNotMatter) {
   EXPECT_EQ((*one)->fingerprint(), (*two)->fingerprint());
   std::vector<std::vector<float>> a(texts.size());
   std::vector<std::thread> callers;
+  callers.reserve(2);
   for (size_t c = 0; c < 2; ++c) {
     callers.emplace_back([&, c] {
       for (size_t i = c; i < texts.size(); i += 2) a[i] = *(*one)->EmbedOne(texts[i]);
