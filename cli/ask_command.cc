@@ -89,12 +89,16 @@ void AddAskCommand(CLI::App& app, Commands& commands) {
   const auto arguments = std::make_shared<Arguments>();
   AskRequest& question = arguments->question;
   CLI::App* ask = app.add_subcommand("ask", "Ask a question; the answer streams, with its sources");
-  ask->add_option("KB", question.knowledge_base, "Knowledge base, name or alias")->required();
+  ask->add_option("KB", question.knowledge_base, "Knowledge base, name or alias")
+      ->required()
+      ->type_name(kKnowledgeBase);
   ask->add_option("QUESTION", question.text)->required();
   CLI::Option* no_memory =
       ask->add_flag("--no_memory", arguments->no_memory, "Do not read the knowledge base");
   ask->add_flag("--compare", arguments->compare, "Answer twice: with memory, and without")
       ->excludes(no_memory);
+  ask->add_option("--references", question.references_per_chunk,
+                  "Read for each 64 tokens; default: the model's");
   ask->add_option("--max_tokens", question.max_tokens, "Longest answer")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();

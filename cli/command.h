@@ -19,6 +19,9 @@ struct Command {
 };
 using Commands = std::vector<Command>;
 
+// The type of an argument that names a knowledge base: so that completion offers those there are.
+inline constexpr const char kKnowledgeBase[] = "KNOWLEDGE_BASE";
+
 void AddKnowledgeBaseCommands(CLI::App& app, Commands& commands);
 void AddSnapshotCommands(CLI::App& app, Commands& commands);
 void AddStatusCommand(CLI::App& app, Commands& commands);

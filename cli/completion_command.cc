@@ -10,7 +10,8 @@
 namespace memory3 {
 namespace {
 
-// First %s: a case for each command's path; second: a case for each path's words.
+// First %s: a case for each command's path; second: a case for each path's words; third: the paths
+// whose arguments name a knowledge base.
 constexpr const char kScript[] = R"(_memory3() {
   local current=${COMP_WORDS[COMP_CWORD]} path="" word words="" bases=""
   for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
@@ -20,7 +21,7 @@ constexpr const char kScript[] = R"(_memory3() {
   case "$path" in
 %s  esac
   case "$path" in
-    "kb show" | "kb drop" | "kb alias" | "kb rollback" | load | ask)
+    %s)
       [[ $current == -* ]] || bases=$("${COMP_WORDS[0]}" --timeout 2 kb list --names 2>/dev/null) ;;
   esac
   COMPREPLY=($(compgen -W "$words $bases" -- "$current"))
@@ -35,15 +36,24 @@ std::vector<std::string> LongFlags(const CLI::App& app) {
   return flags;
 }
 
+bool NamesKnowledgeBase(const CLI::App& app) {
+  const std::vector<const CLI::Option*> named = app.get_options([](const CLI::Option* option) {
+    return option->get_positional() && option->get_type_name() == kKnowledgeBase;
+  });
+  return !named.empty();
+}
+
 struct PathWords {
   std::string path;  // "kb list"; empty: no command yet
   std::vector<std::string> words;
+  bool names_knowledge_base = false;
 };
 
 void Collect(const CLI::App& app, const std::string& path, std::vector<PathWords>& all) {
   const std::vector<const CLI::App*> commands =
       app.get_subcommands([](const CLI::App*) { return true; });
-  PathWords own = {.path = path, .words = LongFlags(app)};
+  PathWords own = {
+      .path = path, .words = LongFlags(app), .names_knowledge_base = NamesKnowledgeBase(app)};
   for (const CLI::App* command : commands) own.words.push_back(command->get_name());
   all.push_back(std::move(own));
   for (const CLI::App* command : commands)
@@ -62,14 +72,16 @@ void AddCompletionCommand(CLI::App& app, Commands& commands) {
          Collect(app, "", all);
          const std::string common = absl::StrJoin(LongFlags(app), " ");
          std::string paths, words;
+         std::vector<std::string> bases;
          for (const PathWords& one : all) {
            if (!one.path.empty())
              absl::StrAppend(&paths, "      \"", one.path, "\") path=\"", one.path, "\" ;;\n");
+           if (one.names_knowledge_base) bases.push_back(absl::StrCat("\"", one.path, "\""));
            absl::StrAppend(&words, "    \"", one.path, "\") words=\"",
                            absl::StrJoin(one.words, " "),
                            one.path.empty() ? "" : absl::StrCat(" ", common), "\" ;;\n");
          }
-         std::printf(kScript, paths.c_str(), words.c_str());
+         std::printf(kScript, paths.c_str(), words.c_str(), absl::StrJoin(bases, " | ").c_str());
          return absl::OkStatus();
        }});
 }

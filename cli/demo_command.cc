@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,7 +22,7 @@
 namespace memory3 {
 namespace {
 
-constexpr const char kKnowledgeBase[] = "demo";
+constexpr const char kDemoBase[] = "demo";
 
 struct Arguments {
   std::string model = "models/tiny", knowledge = "demo/knowledge",
@@ -29,6 +30,7 @@ struct Arguments {
   std::string directory = "build/demo";
   std::string prompt = AskRequest().prompt;
   int shown = 5;
+  std::optional<uint32_t> references;
 };
 
 struct DemoQuestion {
@@ -56,7 +58,9 @@ absl::StatusOr<std::vector<DemoQuestion>> ReadQuestions(const std::string& path)
 }
 
 struct Totals {
-  int with = 0, without = 0, source = 0;
+  int with = 0, without = 0;
+  int source = 0;                      // right with memory, and the source that holds it was read
+  int retrieved = 0;                   // the source was read, whatever the answer
   std::vector<double> first_token_ms;  // with memory
   double decode_ms = 0;
   uint64_t decoded_tokens = 0;
@@ -82,9 +86,10 @@ absl::StatusOr<Totals> AskAll(const Session& session, const Arguments& arguments
     if (absl::Status status = servers.Running(); !status.ok()) return status;
     AskRequest question;
     question.text = questions[i].question;
-    question.knowledge_base = kKnowledgeBase;
+    question.knowledge_base = kDemoBase;
     question.prompt = arguments.prompt;
     question.max_tokens = 24;
+    question.references_per_chunk = arguments.references;
     const auto nowhere = [](std::string_view) {};
     const absl::StatusOr<Answer> with = Ask(session, **stub, question, nowhere);
     if (!with.ok()) return with.status();
@@ -100,6 +105,7 @@ absl::StatusOr<Totals> AskAll(const Session& session, const Arguments& arguments
     totals.with += right;
     totals.without += right_without;
     totals.source += right && source_shown;
+    totals.retrieved += source_shown;
     const v1::Timings& timings = with->finish.timings();
     totals.first_token_ms.push_back(Milliseconds(timings.time_to_first_token()));
     totals.decode_ms += Milliseconds(timings.decode());
@@ -126,7 +132,7 @@ absl::Status Demo(Session session, const Arguments& arguments) {
         absl::StrCat(arguments.model, ": no model there (config.json is missing)"));
   WritingFlags writing;
   writing.model = arguments.model;
-  writing.writing.knowledge_base = kKnowledgeBase;
+  writing.writing.knowledge_base = kDemoBase;
   writing.writing.description = "The demo's documents";
   std::error_code error;
   for (const auto& file : std::filesystem::directory_iterator(arguments.knowledge, error))
@@ -163,13 +169,15 @@ absl::Status Demo(Session session, const Arguments& arguments) {
   if (!totals.ok()) return totals.status();
 
   const int64_t references = std::max<int64_t>(loaded->progress.counts.references, 1);
-  const nlohmann::json report = {{"questions", questions->size()},
-                                 {"correct_with_memory", totals->with},
-                                 {"correct_without_memory", totals->without},
-                                 {"correct_source", totals->source},
-                                 {"ttft_ms", totals->MedianFirstToken()},
-                                 {"tokens_per_s", totals->TokensPerSecond()},
-                                 {"bytes_per_memory", loaded->record_bytes / references}};
+  const nlohmann::json report = {
+      {"questions", questions->size()},
+      {"correct_with_memory", totals->with},
+      {"correct_without_memory", totals->without},
+      {"correct_source", totals->source},
+      {"recall", static_cast<double>(totals->retrieved) / static_cast<double>(questions->size())},
+      {"ttft_ms", totals->MedianFirstToken()},
+      {"tokens_per_s", totals->TokensPerSecond()},
+      {"bytes_per_memory", loaded->record_bytes / references}};
   const std::string path = arguments.directory + "/report.json";
   std::ofstream out(path);
   out << report.dump(2) << "\n";
@@ -180,10 +188,10 @@ absl::Status Demo(Session session, const Arguments& arguments) {
   }
   std::printf(
       "\n%zu questions: %d right with memory, %d without; of those right, %d show the source that "
-      "holds "
-      "the answer.\nFirst token after %.0f ms (median), %.0f tokens/s, %s a memory. %s\n",
-      questions->size(), totals->with, totals->without, totals->source, totals->MedianFirstToken(),
-      totals->TokensPerSecond(),
+      "holds the answer. For %d of all questions that source was read.\nFirst token after %.0f ms "
+      "(median), %.0f tokens/s, %s a memory. %s\n",
+      questions->size(), totals->with, totals->without, totals->source, totals->retrieved,
+      totals->MedianFirstToken(), totals->TokensPerSecond(),
       HumanBytes(static_cast<uint64_t>(loaded->record_bytes / references)).c_str(), path.c_str());
   return absl::OkStatus();
 }
@@ -203,6 +211,8 @@ void AddDemoCommand(CLI::App& app, Commands& commands) {
       ->capture_default_str();
   demo->add_option("--prompt", arguments->prompt, "How a question is put; {} stands for it")
       ->capture_default_str();
+  demo->add_option("--references", arguments->references,
+                   "Read for each 64 tokens; default: the model's");
   demo->add_option("--shown", arguments->shown, "Questions shown side by side")
       ->capture_default_str();
   commands.push_back({demo, [=](const Session& session) { return Demo(session, *arguments); }});

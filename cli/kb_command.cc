@@ -12,26 +12,15 @@
 #include "cli/call.h"
 #include "cli/command.h"
 #include "cli/text.h"
+#include "memory/codec.h"
 
 namespace memory3 {
 namespace {
 
 using Stub = MemoryClient::Stub;
 
-std::string CodecName(v1::Codec codec) {
-  switch (codec) {
-    case v1::CODEC_F32:
-      return "f32";
-    case v1::CODEC_BF16:
-      return "bf16";
-    case v1::CODEC_INT8:
-      return "int8";
-    case v1::CODEC_VQ:
-      return "vq";
-    default:
-      return "?";
-  }
-}
+// The wire's numbers are the record's.
+std::string NameOf(v1::Codec codec) { return std::string(CodecName(static_cast<CodecId>(codec))); }
 
 absl::Status List(const Session& session, bool names_only) {
   absl::StatusOr<std::unique_ptr<MemoryClient>> client = session.OpenMemory();
@@ -58,7 +47,7 @@ absl::Status List(const Session& session, bool names_only) {
       {"NAME", "VERSION", "DOCUMENTS", "REFERENCES", "CODEC", "BYTES EACH", "INDEX", "ALIASES"});
   for (const v1::KnowledgeBase& base : reply->knowledge_bases()) {
     table.Add({base.spec().name(), std::to_string(base.version()), HumanCount(base.documents()),
-               HumanCount(base.entries()), CodecName(base.spec().codec()),
+               HumanCount(base.entries()), NameOf(base.spec().codec()),
                HumanBytes(base.bytes_per_reference()), base.index(),
                absl::StrJoin(base.aliases(), ", ")});
   }
@@ -90,7 +79,7 @@ absl::Status Show(const Session& session, const std::string& name) {
   if (!spec.description().empty()) std::cout << ": " << spec.description();
   std::cout << "\n  " << HumanCount(base.documents()) << " documents, "
             << HumanCount(base.entries()) << " references, " << HumanCount(base.records())
-            << " distinct memories\n  " << CodecName(spec.codec()) << ", "
+            << " distinct memories\n  " << NameOf(spec.codec()) << ", "
             << HumanBytes(base.bytes_per_reference())
             << " a full reference: " << geometry.memory_layers_size() << " layers, "
             << geometry.kv_heads() << " KV heads, " << geometry.tokens_kept() << " of "
@@ -144,12 +133,14 @@ void AddKnowledgeBaseCommands(CLI::App& app, Commands& commands) {
       {list, [=](const Session& session) { return List(session, arguments->names_only); }});
 
   CLI::App* show = kb->add_subcommand("show", "One knowledge base with its versions");
-  show->add_option("NAME", arguments->name, "Name or alias")->required();
+  show->add_option("NAME", arguments->name, "Name or alias")->required()->type_name(kKnowledgeBase);
   commands.push_back(
       {show, [=](const Session& session) { return Show(session, arguments->name); }});
 
   CLI::App* drop = kb->add_subcommand("drop", "Delete a knowledge base, or one old version of it");
-  drop->add_option("NAME", arguments->name, "Name; no alias")->required();
+  drop->add_option("NAME", arguments->name, "Name; no alias")
+      ->required()
+      ->type_name(kKnowledgeBase);
   const CLI::Option* dropped_version = drop->add_option(
       "--version", arguments->version, "Only this version, which is not published");
   drop->add_flag("--yes", arguments->yes, "Do not ask");
@@ -177,7 +168,8 @@ void AddKnowledgeBaseCommands(CLI::App& app, Commands& commands) {
 
   CLI::App* alias = kb->add_subcommand("alias", "Point an alias at a knowledge base, or delete it");
   alias->add_option("ALIAS", arguments->alias)->required();
-  alias->add_option("NAME", arguments->name, "Knowledge base; left out: delete the alias");
+  alias->add_option("NAME", arguments->name, "Knowledge base; left out: delete the alias")
+      ->type_name(kKnowledgeBase);
   commands.push_back(
       {alias, [=](const Session& session) -> absl::Status {
          if (arguments->name.empty()) {
@@ -201,7 +193,9 @@ void AddKnowledgeBaseCommands(CLI::App& app, Commands& commands) {
        }});
 
   CLI::App* rollback = kb->add_subcommand("rollback", "Publish an earlier version again");
-  rollback->add_option("NAME", arguments->name, "Name or alias")->required();
+  rollback->add_option("NAME", arguments->name, "Name or alias")
+      ->required()
+      ->type_name(kKnowledgeBase);
   const CLI::Option* version =
       rollback->add_option("--to", arguments->version, "Version; default: the one before");
   commands.push_back({rollback, [=](const Session& session) -> absl::Status {

@@ -89,7 +89,9 @@ void AddLoadCommand(CLI::App& app, Commands& commands) {
   CLI::App* load = app.add_subcommand(
       "load",
       "Load documents into a knowledge base; the same command again goes on where it stopped");
-  load->add_option("KB", flags->writing.knowledge_base, "Made where it is missing")->required();
+  load->add_option("KB", flags->writing.knowledge_base, "Made where it is missing")
+      ->required()
+      ->type_name(kKnowledgeBase);
   load->add_option("FILES", flags->writing.inputs, ".txt or .jsonl, also .gz or .zst")->required();
   flags->AddTo(*load);
   load->add_flag("--replace", flags->writing.replace,

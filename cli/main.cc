@@ -61,7 +61,8 @@ int main(int argc, char** argv) {
   for (const memory3::Command& command : commands) {
     if (!command.flags->parsed()) continue;
     const absl::Status status = command.run(session);
-    if (!status.ok()) std::fprintf(stderr, "memory3: %s\n", std::string(status.message()).c_str());
+    if (!status.ok() && !status.GetPayload(memory3::kToldAlready).has_value())
+      std::fprintf(stderr, "memory3: %s\n", std::string(status.message()).c_str());
     return memory3::ExitCode(status);
   }
   return 2;

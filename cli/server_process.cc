@@ -14,8 +14,10 @@
 #include <filesystem>
 #include <utility>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "cli/session.h"
 
 namespace memory3 {
 namespace {
@@ -109,11 +111,12 @@ absl::StatusOr<ServerProcess> ServerProcess::Start(const std::string& binary,
     _exit(127);
   }
   if (log >= 0) close(log);
-  return ServerProcess(binary, pid);
+  return ServerProcess(binary, pid, log >= 0);
 }
 
 ServerProcess::ServerProcess(ServerProcess&& other) noexcept
     : name_(std::move(other.name_)),
+      logs_(other.logs_),
       pid_(std::exchange(other.pid_, -1)),
       ended_(std::move(other.ended_)) {}
 
@@ -145,8 +148,12 @@ absl::Status ServerProcess::WaitUntilServing(const std::shared_ptr<grpc::Channel
   const absl::Time deadline = absl::Now() + patience;
   while (!IsServing(channel)) {
     if (Interrupted()) return absl::CancelledError("interrupted");
-    if (const std::optional<std::string> how = Ended(); how.has_value())
-      return absl::UnavailableError(absl::StrCat(name_, " did not start: ", *how));
+    if (const std::optional<std::string> how = Ended(); how.has_value()) {
+      absl::Status status =
+          absl::FailedPreconditionError(absl::StrCat(name_, " did not start: ", *how));
+      if (!logs_ && how->starts_with("exit code")) status.SetPayload(kToldAlready, absl::Cord());
+      return status;
+    }
     if (absl::Now() > deadline)
       return absl::DeadlineExceededError(
           absl::StrCat(name_, " was not ready after ", absl::FormatDuration(patience)));

@@ -34,15 +34,18 @@ class ServerProcess {
   std::optional<std::string> Ended();
   // SIGTERM, then SIGKILL after `patience`. Waits for the end.
   void Stop(absl::Duration patience);
-  // Waits until grpc.health.v1 on `channel` says SERVING for the whole server. UNAVAILABLE: the
-  // process ended; DEADLINE_EXCEEDED; CANCELLED: Interrupted().
+  // Waits until grpc.health.v1 on `channel` says SERVING for the whole server. FAILED_PRECONDITION:
+  // the process ended (kToldAlready, where it chose to and its output goes where ours goes);
+  // DEADLINE_EXCEEDED; CANCELLED: Interrupted().
   absl::Status WaitUntilServing(const std::shared_ptr<grpc::Channel>& channel,
                                 absl::Duration patience);
 
  private:
-  ServerProcess(std::string name, pid_t pid) : name_(std::move(name)), pid_(pid) {}
+  ServerProcess(std::string name, pid_t pid, bool logs)
+      : name_(std::move(name)), logs_(logs), pid_(pid) {}
 
   std::string name_;
+  bool logs_;  // to a file
   pid_t pid_;  // -1: reaped
   std::string ended_;
 };
@@ -50,7 +53,7 @@ class ServerProcess {
 // From here on SIGINT and SIGTERM do not end the program: Interrupted() says that one came. Call
 // before threads start.
 void CatchInterrupts();
-bool Interrupted();
+bool Interrupted();  // false where CatchInterrupts() was not called
 // Sleeps until one of them comes, a child ends, or `patience` is over.
 void WaitForSignal(absl::Duration patience);
 

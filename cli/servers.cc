@@ -44,9 +44,9 @@ absl::StatusOr<std::unique_ptr<Servers>> Servers::Start(const ServerFlags& flags
         grpc::CreateCustomChannel(Reachable(ServerFlags::ValueOf(*own, "listen")), *credentials,
                                   soon),
         patience);
+    if (!ready.ok() && log.empty()) return ready;
     if (!ready.ok()) {
-      return absl::Status(ready.code(), absl::StrCat(std::string(ready.message()),
-                                                     log.empty() ? "" : "; see ", log));
+      return absl::Status(ready.code(), absl::StrCat(std::string(ready.message()), "; see ", log));
     }
   }
   return servers;

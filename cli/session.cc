@@ -31,15 +31,17 @@ std::unique_ptr<grpc::ClientContext> Session::NewContext(int seconds) const {
   return context;
 }
 
-void PrintJson(const google::protobuf::Message& message) {
+std::string ToJson(const google::protobuf::Message& message) {
   google::protobuf::util::JsonPrintOptions options;
   options.preserve_proto_field_names = true;
   options.always_print_primitive_fields = true;
   std::string json;
   // Fails only for messages with Any of unknown types, which no message of ours has.
   (void)google::protobuf::util::MessageToJsonString(message, &json, options);
-  std::puts(json.c_str());
+  return json;
 }
+
+void PrintJson(const google::protobuf::Message& message) { std::puts(ToJson(message).c_str()); }
 
 int ExitCode(const absl::Status& status) {
   switch (status.code()) {

@@ -31,8 +31,13 @@ struct Session {
   std::unique_ptr<grpc::ClientContext> NewContext(int seconds = 0) const;
 };
 
-// One line: a message in proto3's JSON mapping, fields named as in the proto.
+// A message in proto3's JSON mapping, fields named as in the proto.
+std::string ToJson(const google::protobuf::Message& message);
+// The same as one line of output.
 void PrintJson(const google::protobuf::Message& message);
+
+// A failure with this payload has been told already: by a server that shares our output.
+inline constexpr const char kToldAlready[] = "memory3/told-already";
 
 // The exit code that stands for `status`: 0 OK, 1 any other failure, 3 not found, 4 a server cannot
 // be reached or has no room, 5 not allowed (2 is a wrong command line, 130 an interrupt).

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "cli/server_process.h"
 #include "trainer/progress.h"
 #include "transformer/device.h"
 #include "transformer/json.h"
@@ -40,6 +41,7 @@ absl::StatusOr<MemoryWritingOptions> ToOptions(const WritingFlags& flags) {
   options.threads = flags.threads > 0
                         ? flags.threads
                         : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  options.cancelled = Interrupted;
   return options;
 }
 

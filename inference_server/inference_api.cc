@@ -321,6 +321,24 @@ absl::StatusOr<uint64_t> Inference::Submit(const LoadedModel& model, EngineReque
 
 namespace {
 
+v1::ServingState StateOf(const LoadedModel& model) {
+  const EngineStats engine = model.engine->stats();
+  const MemoryReaderStats reader =
+      model.reader != nullptr ? model.reader->stats() : MemoryReaderStats();
+  v1::ServingState state;
+  state.set_running(static_cast<uint32_t>(engine.running));
+  state.set_waiting(static_cast<uint32_t>(engine.waiting));
+  state.set_kv_pages(static_cast<uint32_t>(engine.kv_pages));
+  state.set_kv_pages_used(static_cast<uint32_t>(engine.kv_pages_used));
+  state.set_prompt_tokens(engine.prompt_tokens);
+  state.set_generated_tokens(engine.generated_tokens);
+  state.set_device_hits(engine.device_hits);
+  state.set_host_hits(reader.host_hits);
+  state.set_store_hits(reader.store_hits);
+  state.set_host_cache_bytes(static_cast<uint64_t>(reader.cache_bytes));
+  return state;
+}
+
 // A text that cannot fit is not worth tokenizing.
 absl::Status CheckLength(const std::string& text, const Engine& engine, const char* field) {
   const size_t limit = kMaxBytesPerToken * static_cast<size_t>(engine.max_tokens(Layout::kPlain));
@@ -464,6 +482,7 @@ absl::StatusOr<v1::GetModelResponse> Inference::GetModel(const Identity& identit
     response.set_chunk_tokens(memory->chunk_tokens);
     response.set_references_per_chunk(memory->references_per_chunk);
   }
+  *response.mutable_state() = StateOf(**model);
   if ((*model)->embedder != nullptr)
     response.set_embedder_fingerprint(std::string((*model)->embedder->fingerprint().view()));
   if ((*model)->source == nullptr) return response;

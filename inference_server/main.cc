@@ -1,7 +1,7 @@
 // inference_server: streaming generation behind memory3.v1.InferenceService, by a model that reads
 // explicit memories while it runs.
+#include <pthread.h>
 #include <spdlog/spdlog.h>
-#include <unistd.h>
 
 #include <csignal>
 #include <cstdio>
@@ -105,6 +105,7 @@ int Main(int argc, char** argv) {
     spdlog::info("HTTP on port {}", http->port());
   }
 
+  const pthread_t waiter = pthread_self();
   absl::Status loaded;
   absl::Notification loading_done;
   std::thread loader([&] {
@@ -119,7 +120,9 @@ int Main(int argc, char** argv) {
                    model.weights, model.memory);
     }
     loading_done.Notify();
-    if (!loaded.ok()) kill(getpid(), SIGTERM);  // to the thread that waits below
+    // To the thread that waits below or is about to: libraries have started threads of their own,
+    // before signals were blocked, and one of them would die of a signal to the process.
+    if (!loaded.ok()) pthread_kill(waiter, SIGTERM);
   });
   const int signal = signals.WaitForShutdown([&] {
     const absl::Status status = (*server)->ReloadApiKeys();

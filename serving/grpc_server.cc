@@ -1,5 +1,6 @@
 #include "serving/grpc_server.h"
 
+#include <grpc/support/log.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server_builder.h>
@@ -33,7 +34,10 @@ absl::StatusOr<GrpcServer> StartGrpcServer(const ServingOptions& options, grpc::
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  // Of an address that cannot be had gRPC logs a line of its own insides; ours says it once.
+  gpr_set_log_function([](gpr_log_func_args*) {});
   result.server = builder.BuildAndStart();
+  gpr_set_log_function(nullptr);
   if (result.server == nullptr || result.port == 0) {
     return absl::UnavailableError(
         absl::StrCat("--listen ", options.listen, ": cannot listen there; is it taken?"));

@@ -128,6 +128,8 @@ TEST_F(CliTest, JsonIsOneObjectALine) {
     const Ran ran = Memory3(arguments);
     for (const absl::string_view part : absl::StrSplit(ran.output, '\n', absl::SkipEmpty())) {
       const std::string line(part);
+      // No inference server runs here: that is said on stderr, and in the object.
+      if (line == "memory3: the inference server does not answer") continue;
       const auto json = nlohmann::json::parse(line, nullptr, false);
       EXPECT_TRUE(json.is_object()) << line;
     }

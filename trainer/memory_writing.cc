@@ -255,6 +255,11 @@ class Writing {
     if (progress_) progress_(result_.progress);
   }
 
+  bool Cancelled() const { return options_.cancelled && options_.cancelled(); }
+  static absl::Status Interruption() {
+    return absl::CancelledError("interrupted; the same command goes on from here");
+  }
+
   // Finds the load again or begins it. One that was aborted is begun anew under the next key.
   absl::StatusOr<v1::Load> Begin() {
     absl::StatusOr<std::string> key = IdempotencyKey(options_, model_, embedder_, *target_.codec);
@@ -337,6 +342,7 @@ class Writing {
       if (!some.ok()) return some.status();
       UpdateCounts(source, upload);
       Tell(Phase::kWriting);
+      if (Cancelled()) return Interruption();
       if (!*some) return absl::OkStatus();
       std::vector<std::vector<int32_t>> references;
       for (const ReferenceItem& item : batch.items) {
@@ -375,6 +381,7 @@ class Writing {
     while (load.state() == v1::LOAD_STATE_INDEXING) {
       result_.progress.indexing_fraction = load.indexing_fraction();
       Tell(Phase::kIndexing);
+      if (Cancelled()) return Interruption();
       absl::SleepFor(kPoll);
       absl::StatusOr<v1::GetLoadResponse> now =
           Patiently(options_.patience, [&] { return client_->Call(&Stub::GetLoad, get); });

@@ -55,6 +55,9 @@ struct MemoryWritingOptions {
   std::string label;
   int shard = 0, shards = 1;
 
+  // Asked before every batch and while the server builds the index. True: CANCELLED, nothing is
+  // published that was not, and the same call goes on from there.
+  std::function<bool()> cancelled = nullptr;
   int threads = 1;  // that cut and compress
   // Tokens encoded at once. Default: 0, 2,048 on a CPU, 16,384 elsewhere.
   int rows = 0;
