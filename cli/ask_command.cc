@@ -7,6 +7,7 @@
 #include "cli/command.h"
 #include "cli/question.h"
 #include "cli/text.h"
+#include "serving/duration.h"
 
 namespace memory3 {
 namespace {

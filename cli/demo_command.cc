@@ -17,6 +17,7 @@
 #include "cli/text.h"
 #include "cli/writing.h"
 #include "nlohmann/json.hpp"
+#include "serving/duration.h"
 #include "trainer/qa_metrics.h"
 
 namespace memory3 {

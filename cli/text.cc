@@ -1,7 +1,5 @@
 #include "cli/text.h"
 
-#include <google/protobuf/util/time_util.h>
-
 #include <algorithm>
 #include <cctype>
 
@@ -49,11 +47,6 @@ std::string HumanTime(const google::protobuf::Timestamp& time) {
   if (time.seconds() == 0) return "-";
   return absl::FormatTime("%Y-%m-%d %H:%M:%S", absl::FromUnixSeconds(time.seconds()),
                           absl::UTCTimeZone());
-}
-
-double Milliseconds(const google::protobuf::Duration& duration) {
-  return static_cast<double>(google::protobuf::util::TimeUtil::DurationToMicroseconds(duration)) /
-         1000;
 }
 
 std::string Table::ToString() const {

@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "google/protobuf/duration.pb.h"
 #include "google/protobuf/timestamp.pb.h"
 
 namespace memory3 {
@@ -15,7 +14,6 @@ namespace memory3 {
 std::string HumanBytes(uint64_t bytes);                          // "38.5 KiB"
 std::string HumanCount(uint64_t number);                         // "1,234,567"
 std::string HumanTime(const google::protobuf::Timestamp& time);  // "2026-11-20 15:04:05", UTC; "-"
-double Milliseconds(const google::protobuf::Duration& duration);
 
 // Columns as wide as their widest cell (in code points); those with a number's look go to the
 // right.

@@ -332,9 +332,14 @@ void Engine::TakeAnswer(Answer answer) {
     if (sequence->number != answer.number) continue;
     ChunkMemories& chunk = sequence->chunks[answer.retrieval];
     if (chunk.fixed) return;  // too late: it only filled the cache
-    chunk.answered = true;
-    chunk.status = std::move(answer.result.status);
-    chunk.memories = std::move(answer.result.memories);
+    if (answer.result.last) {
+      chunk.answered = true;
+      chunk.status = std::move(answer.result.status);
+    }
+    for (ReadMemory& read : answer.result.memories) {
+      chunk.memories.push_back({std::move(read)});
+      chunk.loaded = false;
+    }
     // Into slots that nobody else wants, while it is not needed yet.
     PinChunk(*sequence, answer.retrieval, /*from_others=*/false);
     return;
@@ -548,12 +553,12 @@ void Engine::SendChunk(Running& sequence, int chunk) {
     proto.set_timed_out(memories.timed_out);
     proto.set_unavailable(memories.unavailable);
     for (size_t i = 0; i < memories.memories.size(); ++i) {
-      const ReadMemory& read = memories.memories[i];
+      const ReadMemory& read = memories.memories[i].read;
       v1::ChunkProvenance::Memory& memory = *proto.add_memories();
       memory.set_record_id(std::string(read.memory->id().view()));
       memory.set_score(read.score);
       for (const v1::Source& source : read.sources) *memory.add_sources() = source;
-      memory.set_from(memories.from[i]);
+      memory.set_from(memories.memories[i].from);
     }
     if (!proto.inherited()) sequence.memories_read += memories.memories.size();
   }

@@ -175,6 +175,8 @@ class Engine {
   // Whether the retrieval's memories are here, chosen for good and in slots that can be read.
   bool MemoriesReady(Running& sequence, int retrieval, absl::Time now, absl::Time* wake);
   bool PinChunk(Running& sequence, int retrieval, bool from_others);
+  // The chunk's memories in the order of their ranks, however they came: as the offline loops.
+  void OrderChunk(ChunkMemories& chunk);
   // Lets go of slots for `sequence`'s retrieval that are less urgent. False: there are none.
   bool TakeSlots(const Running& sequence, int retrieval);
   // Keeps only those of the chunk's memories that can be read now.

@@ -27,21 +27,26 @@ struct Engine::Mailbox {
   std::vector<Answer> answers;
 };
 
+struct ChunkMemory {
+  ReadMemory read;
+  v1::ByteSource from = v1::BYTE_SOURCE_UNSPECIFIED;  // known with the first pin
+};
+
 // One retrieval of a sequence: what it found, and what those who read it read for good.
 struct ChunkMemories {
-  bool answered = false;
+  bool answered = false;                    // wholly
   absl::Status status;                      // of the answer: why memories are missing
   absl::Time due = absl::InfiniteFuture();  // since when its first reader could be fed
   // Once the first reader is fed nothing below changes, except for the slots.
   bool fixed = false;
   bool timed_out = false;
   bool unavailable = false;
-  std::vector<ReadMemory> memories;
-  std::vector<v1::ByteSource> from;  // [memories], known with the first pin
-  bool pinned = false;
-  bool loaded = false;     // all slots can be read
-  std::vector<int> slots;  // [memories] while pinned
-  uint64_t step = 0;       // the last that read it
+  std::vector<ChunkMemory> memories;  // as they come; in the order of their ranks once fixed
+  bool loaded = false;                // all slots can be read
+  std::vector<int> slots;             // of the first memories; of all, before they are read
+  uint64_t step = 0;                  // the last that read it
+
+  bool pinned() const { return !slots.empty(); }
 };
 
 struct Engine::Running {

@@ -56,8 +56,11 @@ bool Engine::Begin(Running& sequence) {
   for (int r = 0; r < chunks && sequence.reads_memories(); ++r) {
     ChunkMemories& chunk = sequence.chunks[r];
     chunk.fixed = true;
-    for (size_t i = chunk.from.size(); i < chunk.memories.size(); ++i)
-      chunk.from.push_back(chunk.memories[i].from_store ? v1::STORE : v1::HOST);
+    OrderChunk(chunk);
+    for (ChunkMemory& memory : chunk.memories) {
+      if (memory.from == v1::BYTE_SOURCE_UNSPECIFIED)
+        memory.from = memory.read.from_store ? v1::STORE : v1::HOST;
+    }
   }
   Unpin(sequence, sequence.retrieval_of(sequence.fed));
   if (sequence.began) return true;  // it was preempted meanwhile
@@ -172,6 +175,7 @@ bool Engine::MemoriesReady(Running& sequence, int retrieval, absl::Time now, abs
   add(&sequence.loading_since, &sequence.loading);
   if (chunk.fixed) return true;
   chunk.fixed = true;
+  OrderChunk(chunk);
   if (chunk.unavailable || chunk.timed_out) {
     const std::lock_guard lock(mutex_);
     ++stats_.retrieval_fallbacks;
@@ -183,25 +187,22 @@ bool Engine::PinChunk(Running& sequence, int retrieval, bool from_others) {
   ChunkMemories& chunk = sequence.chunks[retrieval];
   if (chunk.memories.empty()) chunk.loaded = true;
   if (chunk.loaded) return true;
-  if (!chunk.pinned) {
+  if (const size_t first = chunk.slots.size(); first < chunk.memories.size()) {
     std::vector<std::shared_ptr<const HostMemory>> memories;
-    for (const ReadMemory& read : chunk.memories) memories.push_back(read.memory);
+    for (size_t i = first; i < chunk.memories.size(); ++i)
+      memories.push_back(chunk.memories[i].read.memory);
     absl::StatusOr<std::vector<DeviceSlots::Pinned>> pinned = slots_->Pin(memories);
     while (!pinned.ok() && from_others && TakeSlots(sequence, retrieval))
       pinned = slots_->Pin(memories);
     if (!pinned.ok()) return false;
-    const bool first = chunk.from.empty();
     uint64_t device_hits = 0;
-    for (size_t i = 0; i < pinned->size(); ++i) {
-      const DeviceSlots::Pinned& p = (*pinned)[i];
+    for (const DeviceSlots::Pinned& p : *pinned) {
+      ChunkMemory& memory = chunk.memories[chunk.slots.size()];
       chunk.slots.push_back(p.slot);
-      if (!first) continue;
+      if (memory.from != v1::BYTE_SOURCE_UNSPECIFIED) continue;
       device_hits += p.was_there ? 1 : 0;
-      chunk.from.push_back(p.was_there                    ? v1::DEVICE
-                           : chunk.memories[i].from_store ? v1::STORE
-                                                          : v1::HOST);
+      memory.from = p.was_there ? v1::DEVICE : memory.read.from_store ? v1::STORE : v1::HOST;
     }
-    chunk.pinned = true;
     const std::lock_guard lock(mutex_);
     stats_.device_hits += device_hits;
   }
@@ -220,7 +221,7 @@ bool Engine::TakeSlots(const Running& sequence, int retrieval) {
     Running& other = *running_[i];
     const int needed = &other == &sequence ? retrieval : other.retrieval_of(other.fed);
     for (int r = static_cast<int>(other.chunks.size()); r-- > std::max(needed, 0) + 1;) {
-      if (!other.chunks[r].pinned || other.chunks[r].step == step_) continue;
+      if (!other.chunks[r].pinned() || other.chunks[r].step == step_) continue;
       UnpinChunk(other.chunks[r]);
       return true;
     }
@@ -230,7 +231,7 @@ bool Engine::TakeSlots(const Running& sequence, int retrieval) {
     Running& other = *running_[i];
     if (other.scheduled) continue;
     for (ChunkMemories& chunk : other.chunks) {
-      if (!chunk.pinned) continue;
+      if (!chunk.pinned()) continue;
       UnpinChunk(chunk);
       return true;
     }
@@ -238,10 +239,31 @@ bool Engine::TakeSlots(const Running& sequence, int retrieval) {
   return false;
 }
 
+void Engine::OrderChunk(ChunkMemories& chunk) {
+  const auto in_order = [](const ChunkMemory& a, const ChunkMemory& b) {
+    return a.read.rank < b.read.rank;
+  };
+  if (std::is_sorted(chunk.memories.begin(), chunk.memories.end(), in_order)) return;
+  // Slots of some only are those of memories that are not read yet: they are pinned anew.
+  if (chunk.slots.size() < chunk.memories.size()) {
+    UnpinChunk(chunk);
+    std::sort(chunk.memories.begin(), chunk.memories.end(), in_order);
+    return;
+  }
+  std::vector<std::pair<ChunkMemory, int>> both;
+  for (size_t i = 0; i < chunk.slots.size(); ++i)
+    both.emplace_back(std::move(chunk.memories[i]), chunk.slots[i]);
+  std::sort(both.begin(), both.end(),
+            [&](const auto& a, const auto& b) { return in_order(a.first, b.first); });
+  for (size_t i = 0; i < both.size(); ++i) {
+    chunk.memories[i] = std::move(both[i].first);
+    chunk.slots[i] = both[i].second;
+  }
+}
+
 void Engine::DropUnloaded(Running& sequence, int retrieval) {
   ChunkMemories& chunk = sequence.chunks[retrieval];
-  std::vector<ReadMemory> memories;
-  std::vector<v1::ByteSource> from;
+  std::vector<ChunkMemory> memories;
   std::vector<int> slots;
   for (size_t i = 0; i < chunk.slots.size(); ++i) {
     if (!slots_->Loaded(chunk.slots[i]).value_or(false)) {
@@ -249,13 +271,10 @@ void Engine::DropUnloaded(Running& sequence, int retrieval) {
       continue;
     }
     memories.push_back(std::move(chunk.memories[i]));
-    from.push_back(chunk.from[i]);
     slots.push_back(chunk.slots[i]);
   }
   chunk.memories = std::move(memories);
-  chunk.from = std::move(from);
   chunk.slots = std::move(slots);
-  chunk.pinned = !chunk.slots.empty();
   chunk.loaded = true;
   chunk.timed_out = true;
   // Keys computed from the whole answer are of another prompt.
@@ -273,7 +292,7 @@ void Engine::ExtendPromptKeys(Running& sequence, int chunks) {
       if (c >= static_cast<int>(sequence.chunks.size())) return;
       const ChunkMemories& chunk = sequence.chunks[c];
       if (!chunk.fixed && !(chunk.answered && chunk.status.ok())) return;
-      for (const ReadMemory& read : chunk.memories) memories.push_back(read.memory->id());
+      for (const ChunkMemory& memory : chunk.memories) memories.push_back(memory.read.memory->id());
     }
     const Hash256 previous =
         c > 0 ? sequence.prompt_keys[c - 1]
@@ -330,14 +349,13 @@ void Engine::Preempt(Running& sequence) {
 
 void Engine::Unpin(Running& sequence, int end_retrieval) {
   for (int r = 0; r < end_retrieval; ++r) {
-    if (sequence.chunks[r].pinned) UnpinChunk(sequence.chunks[r]);
+    if (sequence.chunks[r].pinned()) UnpinChunk(sequence.chunks[r]);
   }
 }
 
 void Engine::UnpinChunk(ChunkMemories& chunk) {
   slots_->Unpin(chunk.slots);
   chunk.slots.clear();
-  chunk.pinned = false;
   chunk.loaded = false;
 }
 

@@ -93,6 +93,75 @@ TEST_F(EngineTest, UnderADeadlineAChunkGoesOnWithoutLateMemories) {
   base_->SetOpen(true);
 }
 
+TEST_F(EngineTest, UnderADeadlineAChunkReadsTheMemoriesThatHaveCome) {
+  Start();
+  base_->SetOpen(false);
+  base_->SetParts(2);  // the first of three is late
+  EngineRequest request = Request(RandomIds(config_, 40, 23), 10);
+  request.memory.deadline = absl::Seconds(1);  // time enough for what is there
+  const auto sink = Run(request);
+  const RetrieveFunction all = base_->Offline(&tokenizer_, kTopK);
+  const auto late = [&](std::span<const int32_t> query) {
+    absl::StatusOr<std::vector<RetrievedMemory>> found = all(query);
+    found->erase(found->begin());
+    return found;
+  };
+  const auto expected =
+      Generate(*offline_, request.prompt, late, {.layout = request.layout, .max_new_tokens = 10});
+  ASSERT_TRUE(expected.ok()) << expected.status();
+  EXPECT_EQ(sink->tokens_, expected->tokens);
+  EXPECT_NE(sink->tokens_, Offline(request).tokens);
+  ASSERT_EQ(sink->provenance_.size(), 2u);
+  for (const v1::ChunkProvenance& p : sink->provenance_) {
+    EXPECT_TRUE(p.timed_out());
+    EXPECT_FALSE(p.unavailable());
+    ASSERT_EQ(p.memories_size(), 2);
+    EXPECT_GT(p.memories(0).score(), p.memories(1).score());
+    EXPECT_EQ(p.memories(0).from(), v1::STORE);
+  }
+  // The late one fills the cache.
+  base_->SetOpen(true);
+  request.memory.deadline = std::nullopt;
+  EXPECT_EQ(Run(request)->tokens_, Offline(request).tokens);
+  EXPECT_EQ(reader_->stats().store_hits, 3u);
+  ExpectIdle();
+}
+
+TEST_F(EngineTest, MemoriesThatComeInPartsAreReadInTheirOrder) {
+  Start();
+  base_->SetParts(kTopK);
+  std::vector<std::pair<EngineRequest, std::shared_ptr<KeepingSink>>> running;
+  for (int i = 0; i < 8; ++i) {
+    EngineRequest request = Request(RandomIds(config_, 60 + 20 * i, 31 + i), 70);
+    running.emplace_back(request, Submit(request));
+  }
+  for (auto& [request, sink] : running) {
+    EXPECT_TRUE(sink->Wait().ok());
+    EXPECT_EQ(sink->tokens_, Offline(request).tokens);
+    for (const v1::ChunkProvenance& p : sink->provenance_) EXPECT_EQ(p.memories_size(), kTopK);
+  }
+  ExpectIdle();
+}
+
+// What one query still waits for holds no other one up.
+TEST_F(EngineTest, AQueryHasItsMemoriesBeforeTheOthersHaveTheirs) {
+  Start();
+  base_->SetOpen(false);
+  base_->SetParts(1);
+  std::vector<ReadQuery> queries(2);
+  queries[0] = {"one", 1, std::nullopt, {}};
+  queries[1] = {"another", 3, std::nullopt, {}};
+  Once first, second;
+  reader_->Read(base_, std::move(queries), false, absl::InfiniteFuture(),
+                [&](size_t query, const ReadResult& result) {
+                  if (result.last) (query == 0 ? first : second).Notify();
+                });
+  EXPECT_TRUE(first.Wait());
+  EXPECT_FALSE(second.HasHappened());
+  base_->SetOpen(true);
+  EXPECT_TRUE(second.Wait());
+}
+
 TEST_F(EngineTest, AWaitEndsAtTheCap) {
   Start({}, {.wait_cap = absl::Milliseconds(30)});
   base_->SetOpen(false);

@@ -68,15 +68,8 @@ HttpConnection::~HttpConnection() {
   close(fd_);
 }
 
-HttpConnection::Io HttpConnection::Handshake() {
-  if (shaken_) return Io::kDone;
-  if (broken_) return Io::kClosed;
-  ERR_clear_error();
-  const int result = SSL_do_handshake(ssl_);
-  if (result == 1) {
-    shaken_ = true;
-    return Io::kDone;
-  }
+HttpConnection::Io HttpConnection::TlsWants(int result) const {
+  if (result == 1) return Io::kDone;
   switch (SSL_get_error(ssl_, result)) {
     case SSL_ERROR_WANT_READ:
       return Io::kWantRead;
@@ -85,6 +78,15 @@ HttpConnection::Io HttpConnection::Handshake() {
     default:
       return Io::kClosed;
   }
+}
+
+HttpConnection::Io HttpConnection::Handshake() {
+  if (shaken_) return Io::kDone;
+  if (broken_) return Io::kClosed;
+  ERR_clear_error();
+  const int result = SSL_do_handshake(ssl_);
+  shaken_ = result == 1;
+  return TlsWants(result);
 }
 
 HttpConnection::Io HttpConnection::Receive(char* out, size_t size, size_t* received) {
@@ -102,15 +104,7 @@ HttpConnection::Io HttpConnection::Receive(char* out, size_t size, size_t* recei
   if (const Io shaken = Handshake(); shaken != Io::kDone) return shaken;
   ERR_clear_error();
   const int result = SSL_read_ex(ssl_, out, size, received);
-  if (result == 1) return Io::kDone;
-  switch (SSL_get_error(ssl_, result)) {
-    case SSL_ERROR_WANT_READ:
-      return Io::kWantRead;
-    case SSL_ERROR_WANT_WRITE:
-      return Io::kWantWrite;
-    default:
-      return Io::kClosed;
-  }
+  return TlsWants(result);
 }
 
 HttpConnection::Io HttpConnection::Send(const char* data, size_t size, size_t* sent) {
@@ -128,15 +122,7 @@ HttpConnection::Io HttpConnection::Send(const char* data, size_t size, size_t* s
   if (const Io shaken = Handshake(); shaken != Io::kDone) return shaken;
   ERR_clear_error();
   const int result = SSL_write_ex(ssl_, data, size, sent);
-  if (result == 1) return Io::kDone;
-  switch (SSL_get_error(ssl_, result)) {
-    case SSL_ERROR_WANT_READ:
-      return Io::kWantRead;
-    case SSL_ERROR_WANT_WRITE:
-      return Io::kWantWrite;
-    default:
-      return Io::kClosed;
-  }
+  return TlsWants(result);
 }
 
 HttpConnection::Filled HttpConnection::Fill(size_t limit) {

@@ -96,6 +96,8 @@ class HttpConnection final : public httplib::Stream {
 
  private:
   enum class Io : uint8_t { kDone, kWantRead, kWantWrite, kClosed };
+  // What OpenSSL's answer means: `result` of a handshake, a read or a write just made.
+  Io TlsWants(int result) const;
   Io Handshake();
   Io Receive(char* out, size_t size, size_t* received);
   Io Send(const char* data, size_t size, size_t* sent);

@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
+#include "inference_server/finish_reason.h"
 #include "inference_server/inference_requests.h"
 
 namespace memory3 {
@@ -28,14 +29,13 @@ uint64_t RandomNumber() {
   return absl::Uniform<uint64_t>(random);
 }
 
-const char* ReasonName(v1::FinishReason reason) {
-  switch (reason) {
-    case v1::FINISH_REASON_STOP:
-      return "stop";
-    case v1::FINISH_REASON_LENGTH:
-      return "length";
-    default:
-      return "abort";
+// What a sink has collected, or why it has nothing.
+template <typename Callback, typename Response>
+void Deliver(const Callback& done, absl::Status status, Response& response) {
+  if (status.ok()) {
+    done(std::move(response));
+  } else {
+    done(std::move(status));
   }
 }
 
@@ -64,13 +64,7 @@ class UnarySink final : public EventSink {
     }
   }
   void Scored(ContinuationScore) override {}
-  void End(absl::Status status) override {
-    if (!status.ok()) {
-      done_(std::move(status));
-    } else {
-      done_(std::move(response_));
-    }
-  }
+  void End(absl::Status status) override { Deliver(done_, std::move(status), response_); }
 
  private:
   Inference::UnaryCallback done_;
@@ -98,13 +92,7 @@ class ScoreSink final : public EventSink {
     response_.set_log_likelihood(sum);
     response_.set_greedy(score.greedy);
   }
-  void End(absl::Status status) override {
-    if (!status.ok()) {
-      done_(std::move(status));
-    } else {
-      done_(std::move(response_));
-    }
-  }
+  void End(absl::Status status) override { Deliver(done_, std::move(status), response_); }
 
  private:
   Inference::ScoreCallback done_;
@@ -149,7 +137,7 @@ class Inference::ObservedSink final : public EventSink {
       metrics_->ChunkRead(event.provenance());
     } else if (event.has_finish()) {
       metrics_->Finished(event.finish());
-      outcome_ = ReasonName(event.finish().reason());
+      outcome_ = FinishReasonName(event.finish().reason());
     }
     sink_->Send(std::move(event));
   }

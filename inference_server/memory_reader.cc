@@ -15,13 +15,47 @@ constexpr int kAttempts = 3;
 }  // namespace
 
 struct MemoryReader::Retrieval {
-  std::shared_ptr<MemoryBase> base;
-  std::vector<SourceQuery> queries;
+  struct Query {
+    struct Hit {
+      size_t rank = 0;
+      SourceHit hit;
+    };
+    std::vector<Hit> wanted;  // hits whose records have not come
+    size_t left = 0;          // hits that are not told of: `wanted` and those being decoded
+    absl::Status status;      // why memories are missing
+    bool ended = false;
+  };
+
+  std::vector<SourceQuery> questions;
   bool with_text = false;
   absl::Time deadline;
-  Callback done;
-  int attempt = 0;
   absl::Time begun = absl::Now();
+
+  std::shared_ptr<MemoryBase> base;  // until it is over
+
+  std::mutex mutex;  // guards what follows; held while `done` runs
+  Callback done;
+  std::vector<Query> queries;
+  bool has_hits = false;
+  int attempts = 0;
+  int decoding = 0;       // tasks
+  bool answered = false;  // nothing more comes
+  bool over = false;      // the reader may be gone
+
+  // Tells of memories of one query, and of its end if that is all.
+  void Tell(size_t q, std::vector<ReadMemory> memories) {
+    Query& query = queries[q];
+    if (query.ended) return;
+    query.ended = query.left == 0;
+    if (query.ended || !memories.empty())
+      done(q, {std::move(memories), query.ended, query.ended ? query.status : absl::OkStatus()});
+  }
+};
+
+// A hit whose record is in the cache.
+struct MemoryReader::Arrived {
+  size_t query = 0;
+  ReadMemory read;
 };
 
 namespace {
@@ -94,122 +128,203 @@ void MemoryReader::Read(std::shared_ptr<MemoryBase> base, std::vector<ReadQuery>
   retrieval->with_text = with_text;
   retrieval->deadline = deadline;
   retrieval->done = std::move(done);
+  retrieval->queries.resize(queries.size());
   workers_.Add([this, retrieval, queries = std::move(queries)]() mutable {
     std::vector<std::string_view> texts;
     for (const ReadQuery& query : queries) texts.push_back(query.text);
     const int dimension = embedder_->dimension();
     std::vector<float> vectors(texts.size() * dimension);
     if (absl::Status status = embedder_->Embed(texts, vectors); !status.ok()) {
-      retrieval->queries.resize(queries.size());
+      const std::lock_guard lock(retrieval->mutex);
       Fail(*retrieval, status);
       return;
     }
     for (size_t i = 0; i < queries.size(); ++i) {
       const auto begin = vectors.begin() + i * dimension;
-      retrieval->queries.push_back({std::vector<float>(begin, begin + dimension), queries[i].top_k,
-                                    queries[i].min_score, std::move(queries[i].filter)});
+      retrieval->questions.push_back({std::vector<float>(begin, begin + dimension),
+                                      queries[i].top_k, queries[i].min_score,
+                                      std::move(queries[i].filter)});
     }
     Ask(retrieval, {});
   });
 }
 
-void MemoryReader::Ask(std::shared_ptr<Retrieval> retrieval, std::vector<RecordId> missing) {
-  ++retrieval->attempt;
-  SourceRequest request{retrieval->queries, retrieval->with_text, retrieval->deadline,
+// Without the retrieval's mutex: a source may answer at once.
+void MemoryReader::Ask(const std::shared_ptr<Retrieval>& retrieval, std::vector<RecordId> missing) {
+  SourceRequest request{retrieval->questions, retrieval->with_text, retrieval->deadline,
                         std::move(missing)};
-  MemoryBase& base = *retrieval->base;
-  base.Retrieve(std::move(request),
-                [this, retrieval = std::move(retrieval)](absl::StatusOr<SourceAnswer> answer) {
-                  Received(retrieval, std::move(answer));
-                });
+  request.part = [this, retrieval](SourceAnswer part) {
+    const std::lock_guard lock(retrieval->mutex);
+    if (retrieval->over || retrieval->answered) return;
+    Take(retrieval, part, /*whole=*/false);
+  };
+  {
+    const std::lock_guard lock(retrieval->mutex);
+    ++retrieval->attempts;
+  }
+  const std::shared_ptr<MemoryBase> base = retrieval->base;  // the answer may be quicker
+  base->Retrieve(std::move(request), [this, retrieval](absl::StatusOr<SourceAnswer> answer) {
+    Received(retrieval, std::move(answer));
+  });
 }
 
 void MemoryReader::Received(const std::shared_ptr<Retrieval>& retrieval,
                             absl::StatusOr<SourceAnswer> answer) {
-  if (answer.ok() && answer->queries.size() != retrieval->queries.size()) {
-    answer = absl::InternalError(absl::StrCat("the memory source answered ", answer->queries.size(),
-                                              " of ", retrieval->queries.size(), " queries"));
-  }
-  if (!answer.ok()) {
-    Fail(*retrieval, answer.status());
-    return;
-  }
-  // In the order of answers, before the next one: a record that a later answer believes to be here
-  // is in the cache, decoded or not.
-  std::vector<ReadResult> results(answer->queries.size());
   std::vector<RecordId> missing;
   {
-    const std::lock_guard lock(mutex_);
-    for (size_t q = 0; q < results.size(); ++q) {
-      for (SourceHit& hit : answer->queries[q]) {
-        const Key key(retrieval->base->tenant(), hit.id);
-        const auto brought = answer->records.find(hit.id);
-        auto entry = cache_.find(key);
-        if (entry == cache_.end()) {
-          if (brought == answer->records.end()) {
-            missing.push_back(hit.id);
-            continue;
-          }
-          ages_.push_front(key);
-          Entry& fresh = cache_[key];
-          fresh.memory = std::make_shared<HostMemory>(hit.id, std::move(brought->second),
-                                                      retrieval->base->codec());
-          fresh.base = retrieval->base;
-          fresh.bytes = KeepsCodes(*retrieval->base->codec())
-                            ? static_cast<int64_t>(fresh.memory->record_.bytes.size())
-                            : shape_.values() * static_cast<int64_t>(sizeof(float));
-          fresh.age = ages_.begin();
-          stats_.cache_bytes += fresh.bytes;
-          stats_.bytes_loaded += fresh.memory->record_.bytes.size();
-          entry = cache_.find(key);
-        }
-        ages_.splice(ages_.begin(), ages_, entry->second.age);
-        const bool from_store = brought != answer->records.end();
-        ++(from_store ? stats_.store_hits : stats_.host_hits);
-        results[q].memories.push_back(
-            {hit.score, std::move(hit.sources), from_store, entry->second.memory});
-      }
+    const std::lock_guard lock(retrieval->mutex);
+    if (answer.ok() && answer->queries.size() != retrieval->queries.size()) {
+      answer =
+          absl::InternalError(absl::StrCat("the memory source answered ", answer->queries.size(),
+                                           " of ", retrieval->queries.size(), " queries"));
     }
-    if (missing.empty()) Shrink();
-  }
-  if (!missing.empty()) {
-    if (retrieval->attempt < kAttempts) {
-      Ask(retrieval, std::move(missing));
+    if (!answer.ok()) {
+      Fail(*retrieval, answer.status());
       return;
     }
-    Fail(*retrieval, absl::DataLossError(absl::StrCat("the bytes of record ",
-                                                      missing.front().ToHex(), " did not come")));
-    return;
-  }
-  workers_.Add([this, retrieval, results = std::move(results)]() mutable {
-    for (size_t q = 0; q < results.size(); ++q) {
-      ReadResult& result = results[q];
-      std::vector<ReadMemory> sound;
-      for (ReadMemory& read : result.memories) {
-        absl::Status status =
-            std::const_pointer_cast<HostMemory>(read.memory)
-                ->Decode(writer_fingerprint_, shape_, KeepsCodes(*retrieval->base->codec()));
-        if (status.ok()) {
-          sound.push_back(std::move(read));
-        } else {
-          Drop({retrieval->base->tenant(), read.memory->id()});
-          result.status = std::move(status);
-        }
+    Take(retrieval, *answer, /*whole=*/true);
+    missing = Missing(*retrieval, *answer);
+    if (missing.empty()) {
+      retrieval->answered = true;
+      {
+        const std::lock_guard cache_lock(mutex_);
+        Shrink();
       }
-      result.memories = std::move(sound);
-      retrieval->done(q, std::move(result));
+      FinishIfOver(*retrieval);
+      return;
     }
-    Finish(*retrieval);
+  }
+  Ask(retrieval, std::move(missing));
+}
+
+void MemoryReader::Take(const std::shared_ptr<Retrieval>& retrieval, SourceAnswer& answer,
+                        bool whole) {
+  Retrieval& r = *retrieval;
+  const bool fresh = !r.has_hits && answer.queries.size() == r.queries.size();
+  if (fresh) {
+    r.has_hits = true;
+    for (size_t q = 0; q < r.queries.size(); ++q) {
+      std::vector<SourceHit>& hits = answer.queries[q];
+      r.queries[q].left = hits.size();
+      for (size_t rank = 0; rank < hits.size(); ++rank)
+        r.queries[q].wanted.push_back(
+            {rank, {hits[rank].id, hits[rank].score, std::move(hits[rank].sources)}});
+    }
+  }
+  // In the order of answers: a record that a later answer believes to be here is in the cache,
+  // decoded or not.
+  std::vector<Arrived> arrived;
+  {
+    const std::lock_guard lock(mutex_);
+    for (size_t q = 0; q < r.queries.size(); ++q) {
+      std::erase_if(r.queries[q].wanted, [&](Retrieval::Query::Hit& wanted) {
+        const auto brought = answer.records.find(wanted.hit.id);
+        const bool from_store = brought != answer.records.end();
+        if (!from_store && !fresh && !whole) return false;
+        const Key key(r.base->tenant(), wanted.hit.id);
+        if (from_store) Keep(r, key, brought->second);  // a copy: two queries may have it
+        const auto entry = cache_.find(key);
+        if (entry == cache_.end()) return false;
+        ages_.splice(ages_.begin(), ages_, entry->second.age);
+        ++(from_store ? stats_.store_hits : stats_.host_hits);
+        arrived.push_back({q,
+                           {wanted.rank, wanted.hit.score, std::move(wanted.hit.sources),
+                            from_store, entry->second.memory}});
+        return true;
+      });
+    }
+  }
+  for (size_t q = 0; q < r.queries.size() && fresh; ++q) r.Tell(q, {});  // of what has no hits
+  if (arrived.empty()) return;
+  ++r.decoding;
+  workers_.Add([this, retrieval, arrived = std::move(arrived)]() mutable {
+    Decode(retrieval, std::move(arrived));
   });
 }
 
-void MemoryReader::Fail(Retrieval& retrieval, const absl::Status& status) {
-  for (size_t q = 0; q < retrieval.queries.size(); ++q) retrieval.done(q, {status, {}});
-  Finish(retrieval);
+// mutex_ is held too.
+void MemoryReader::Keep(const Retrieval& retrieval, const Key& key, RecordBytes record) {
+  if (cache_.contains(key)) return;
+  const int64_t record_bytes = static_cast<int64_t>(record.bytes.size());
+  ages_.push_front(key);
+  Entry& entry = cache_[key];
+  entry.memory =
+      std::make_shared<HostMemory>(key.second, std::move(record), retrieval.base->codec());
+  entry.base = retrieval.base;
+  entry.bytes = KeepsCodes(*retrieval.base->codec())
+                    ? record_bytes
+                    : shape_.values() * static_cast<int64_t>(sizeof(float));
+  entry.age = ages_.begin();
+  stats_.cache_bytes += entry.bytes;
+  stats_.bytes_loaded += record_bytes;
 }
 
-void MemoryReader::Finish(Retrieval& retrieval) {
+std::vector<RecordId> MemoryReader::Missing(Retrieval& retrieval, const SourceAnswer& answer) {
+  std::vector<RecordId> missing;
+  for (size_t q = 0; q < retrieval.queries.size(); ++q) {
+    Retrieval::Query& query = retrieval.queries[q];
+    const auto give_up = [&](const Retrieval::Query::Hit& wanted) {
+      // Asked for again it is no hit any more: it has been deleted meanwhile.
+      const auto same = [&](const SourceHit& hit) { return hit.id == wanted.hit.id; };
+      if (std::none_of(answer.queries[q].begin(), answer.queries[q].end(), same)) return true;
+      if (retrieval.attempts < kAttempts) {
+        missing.push_back(wanted.hit.id);
+        return false;
+      }
+      query.status = absl::DataLossError(
+          absl::StrCat("the bytes of record ", wanted.hit.id.ToHex(), " did not come"));
+      return true;
+    };
+    const size_t given_up = std::erase_if(query.wanted, give_up);
+    query.left -= given_up;
+    if (given_up > 0) retrieval.Tell(q, {});
+  }
+  return missing;
+}
+
+void MemoryReader::Decode(const std::shared_ptr<Retrieval>& retrieval,
+                          std::vector<Arrived> arrived) {
+  for (size_t begin = 0, end = 0; begin < arrived.size(); begin = end) {
+    const size_t q = arrived[begin].query;
+    std::vector<ReadMemory> sound;
+    absl::Status failed;
+    for (end = begin; end < arrived.size() && arrived[end].query == q; ++end) {
+      ReadMemory& read = arrived[end].read;
+      absl::Status status =
+          std::const_pointer_cast<HostMemory>(read.memory)
+              ->Decode(writer_fingerprint_, shape_, KeepsCodes(*retrieval->base->codec()));
+      if (status.ok()) {
+        sound.push_back(std::move(read));
+      } else {
+        Drop({retrieval->base->tenant(), read.memory->id()});
+        failed = std::move(status);
+      }
+    }
+    const std::lock_guard lock(retrieval->mutex);
+    Retrieval::Query& query = retrieval->queries[q];
+    if (!failed.ok()) query.status = std::move(failed);
+    query.left -= end - begin;
+    retrieval->Tell(q, std::move(sound));
+  }
+  const std::lock_guard lock(retrieval->mutex);
+  --retrieval->decoding;
+  FinishIfOver(*retrieval);
+}
+
+void MemoryReader::Fail(Retrieval& retrieval, const absl::Status& status) {
+  for (size_t q = 0; q < retrieval.queries.size(); ++q) {
+    Retrieval::Query& query = retrieval.queries[q];
+    if (!query.ended) retrieval.done(q, {{}, true, status});
+    query.ended = true;
+  }
+  retrieval.answered = true;
+  FinishIfOver(retrieval);
+}
+
+void MemoryReader::FinishIfOver(Retrieval& retrieval) {
+  if (!retrieval.answered || retrieval.decoding > 0) return;
   if (options_.on_retrieved) options_.on_retrieved(absl::Now() - retrieval.begun);
+  retrieval.over = true;
   retrieval.done = nullptr;
   retrieval.base = nullptr;
   const std::lock_guard lock(mutex_);

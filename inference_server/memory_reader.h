@@ -70,6 +70,7 @@ struct ReadQuery {
 };
 
 struct ReadMemory {
+  size_t rank = 0;  // its place among the query's hits
   float score = 0;
   std::vector<v1::Source> sources;
   bool from_store = false;  // its bytes came with this answer; else they were in the cache
@@ -77,8 +78,9 @@ struct ReadMemory {
 };
 
 struct ReadResult {
-  absl::Status status;  // why memories are missing
   std::vector<ReadMemory> memories;
+  bool last = false;    // nothing more comes for this query
+  absl::Status status;  // with `last`: why memories are missing
 };
 
 struct MemoryReaderOptions {
@@ -106,8 +108,9 @@ class MemoryReader {
   ~MemoryReader();
 
   using Callback = std::function<void(size_t query, ReadResult)>;
-  // One retrieval for all `queries`. `done` gets each query's result once, as soon as its memories
-  // are decoded, on a thread of the reader or the source; it must not block.
+  // One retrieval for all `queries`. `done` gets each query's memories as they come and are
+  // decoded, at once or one after the other, in any order; one call is the query's last. It runs on
+  // threads of the reader or the source, one call at a time, and must not block.
   void Read(std::shared_ptr<MemoryBase> base, std::vector<ReadQuery> queries, bool with_text,
             absl::Time deadline, Callback done);
   MemoryReaderStats stats() const;
@@ -121,12 +124,22 @@ class MemoryReader {
     std::list<Key>::iterator age;
   };
   struct Retrieval;
+  struct Arrived;
 
-  void Ask(std::shared_ptr<Retrieval> retrieval, std::vector<RecordId> missing);
+  void Ask(const std::shared_ptr<Retrieval>& retrieval, std::vector<RecordId> missing);
   void Received(const std::shared_ptr<Retrieval>& retrieval, absl::StatusOr<SourceAnswer> answer);
+  // For the next five the retrieval's mutex is held.
+  // Of the hits those whose records are here now, or in the cache, go on to be decoded. Takes
+  // records and sources out of `answer`.
+  void Take(const std::shared_ptr<Retrieval>& retrieval, SourceAnswer& answer, bool whole);
+  void Keep(const Retrieval& retrieval, const Key& key, RecordBytes record);
+  // What to ask for again; the hits of it that nobody will ever bring are given up.
+  std::vector<RecordId> Missing(Retrieval& retrieval, const SourceAnswer& answer);
   void Fail(Retrieval& retrieval, const absl::Status& status);
-  // All queries have their results.
-  void Finish(Retrieval& retrieval);
+  // Tells of the end, once all queries have theirs and nothing is being decoded.
+  void FinishIfOver(Retrieval& retrieval);
+
+  void Decode(const std::shared_ptr<Retrieval>& retrieval, std::vector<Arrived> arrived);
   void Drop(const Key& key);
   bool KeepsCodes(const Codec& codec) const {
     return options_.device_decodes_vq && codec.id() == CodecId::kVq;

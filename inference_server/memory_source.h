@@ -44,15 +44,6 @@ struct SourceQuery {
   v1::Filter filter;
 };
 
-struct SourceRequest {
-  std::vector<SourceQuery> queries;
-  bool with_text = false;
-  // The answer is of no use later. The callback comes at about this time at the latest.
-  absl::Time deadline = absl::InfiniteFuture();
-  // Records whose bytes are wanted although the source may believe that they are here.
-  std::vector<RecordId> missing;
-};
-
 // A record's bytes, kept alive by `owner`. Checked (CheckRecord), not yet decoded.
 struct RecordBytes {
   std::string_view bytes;
@@ -69,6 +60,18 @@ struct SourceAnswer {
   std::vector<std::vector<SourceHit>> queries;  // by falling score, at most one hit a record
   // Of records that the source believes are not here yet.
   absl::flat_hash_map<RecordId, RecordBytes> records;
+};
+
+struct SourceRequest {
+  std::vector<SourceQuery> queries;
+  bool with_text = false;
+  // The answer is of no use later. The callback comes at about this time at the latest.
+  absl::Time deadline = absl::InfiniteFuture();
+  // Records whose bytes are wanted although the source may believe that they are here.
+  std::vector<RecordId> missing;
+  // Told of what comes before the end, by sources that know: of all queries' hits, once, then of
+  // records. The answer has them too. Runs as `done` does, and may run beside or after it.
+  std::function<void(SourceAnswer)> part = nullptr;
 };
 
 using SourceCallback = std::function<void(absl::StatusOr<SourceAnswer>)>;

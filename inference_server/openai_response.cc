@@ -7,7 +7,9 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "inference_server/finish_reason.h"
 #include "nlohmann/json.hpp"
+#include "serving/duration.h"
 
 namespace memory3 {
 namespace {
@@ -26,23 +28,8 @@ size_t Characters(const std::string& text) {
   return std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; });
 }
 
-double Milliseconds(const google::protobuf::Duration& duration) {
-  return 1e3 * static_cast<double>(duration.seconds()) + 1e-6 * duration.nanos();
-}
-
 // Infinite logarithms (a token of probability 0) have no JSON; OpenAI writes -9999.
 double Finite(float logprob) { return std::max(static_cast<double>(logprob), -9999.0); }
-
-const char* FinishReasonName(v1::FinishReason reason) {
-  switch (reason) {
-    case v1::FINISH_REASON_STOP:
-      return "stop";
-    case v1::FINISH_REASON_LENGTH:
-      return "length";
-    default:
-      return "abort";
-  }
-}
 
 Json TimingsJson(const v1::Timings& t) {
   return {{"queue_ms", Milliseconds(t.queue())},

@@ -15,9 +15,10 @@ constexpr absl::Duration kAnswerGrace = absl::Seconds(1);
 constexpr size_t kMaxHeldReported = 100'000;   // 3.2 MB
 constexpr size_t kMaxNamesRemembered = 1'000;  // of bases, for when the server cannot be asked
 
-absl::StatusOr<SourceAnswer> FromWire(RetrieveAnswer answer) {
+// The hits alone.
+absl::StatusOr<SourceAnswer> FromWire(v1::RetrieveResponse response) {
   SourceAnswer result;
-  for (v1::RetrieveResponse::QueryHits& query : *answer.hits.mutable_queries()) {
+  for (v1::RetrieveResponse::QueryHits& query : *response.mutable_queries()) {
     std::vector<SourceHit>& hits = result.queries.emplace_back();
     for (v1::RetrieveResponse::Hit& hit : *query.mutable_hits()) {
       const absl::StatusOr<RecordId> id = RecordId::FromBytes(hit.record_id());
@@ -28,7 +29,13 @@ absl::StatusOr<SourceAnswer> FromWire(RetrieveAnswer answer) {
       for (v1::Source& source : *hit.mutable_sources()) h.sources.push_back(std::move(source));
     }
   }
-  for (auto& [id, record] : answer.records) result.records[id] = {*record, record};
+  return result;
+}
+
+absl::StatusOr<SourceAnswer> FromWire(RetrieveAnswer answer) {
+  absl::StatusOr<SourceAnswer> result = FromWire(std::move(answer.hits));
+  if (!result.ok()) return result.status();
+  for (auto& [id, record] : answer.records) result->records[id] = {*record, record};
   return result;
 }
 
@@ -178,6 +185,7 @@ absl::StatusOr<std::vector<std::string>> RemoteMemorySource::List(std::string_vi
 void RemoteMemorySource::Retrieve(const Base& base, SourceRequest request, SourceCallback done) {
   Pending pending;
   pending.done = std::move(done);
+  pending.part = std::move(request.part);
   pending.deadline = request.deadline;
   v1::RetrieveRequest& wire = pending.request;
   wire.set_knowledge_base(base.name());
@@ -307,10 +315,14 @@ void RemoteMemorySource::Run() {
       stream_ = client_->OpenRetrieve();
     }
     for (auto& [number, request] : to_send) {
-      stream_->Send(std::move(request),
-                    [this, n = number, generation](absl::StatusOr<RetrieveAnswer> answer) {
-                      Answered(n, generation, std::move(answer));
-                    });
+      stream_->Send(
+          std::move(request),
+          [this, n = number, generation](absl::StatusOr<RetrieveAnswer> answer) {
+            Answered(n, generation, std::move(answer));
+          },
+          [this, n = number](const RetrieveAnswer& so_far, const std::vector<RecordId>& fresh) {
+            PartCame(n, so_far, fresh);
+          });
     }
   }
   stream_.reset();
@@ -347,10 +359,10 @@ void RemoteMemorySource::Answered(uint64_t number, uint64_t generation,
     pause_ = options_.first_pause;
     if (answer.ok()) {
       for (const auto& [id, record] : answer->records) {
-        // What nobody waits for any more goes nowhere, so it is not here.
+        // What nobody waits for any more goes nowhere, so it is not here, unless as a part it went.
         if (found != pending_.end()) {
           here_.insert(id);
-        } else {
+        } else if (!here_.contains(id)) {
           evicted_.push_back(id);
         }
       }
@@ -364,6 +376,28 @@ void RemoteMemorySource::Answered(uint64_t number, uint64_t generation,
   } else {
     done(FromWire(*std::move(answer)));
   }
+}
+
+void RemoteMemorySource::PartCame(uint64_t number, const RetrieveAnswer& so_far,
+                                  const std::vector<RecordId>& fresh) {
+  std::function<void(SourceAnswer)> part;
+  bool with_hits = false;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto found = pending_.find(number);
+    if (found == pending_.end() || !found->second.part) return;
+    part = found->second.part;
+    with_hits = !std::exchange(found->second.told_hits, true);
+    here_.insert(fresh.begin(), fresh.end());
+  }
+  absl::StatusOr<SourceAnswer> answer =
+      with_hits ? FromWire(so_far.hits) : absl::StatusOr<SourceAnswer>(SourceAnswer());
+  if (!answer.ok()) return;  // so will the answer say
+  for (const RecordId& id : fresh) {
+    const std::shared_ptr<const std::string>& record = so_far.records.at(id);
+    answer->records[id] = {*record, record};
+  }
+  part(*std::move(answer));
 }
 
 }  // namespace memory3

@@ -60,6 +60,8 @@ class RemoteMemorySource final : public MemorySource {
   struct Pending {
     v1::RetrieveRequest request;
     SourceCallback done;
+    std::function<void(SourceAnswer)> part;
+    bool told_hits = false;  // to `part`
     absl::Time deadline;
     bool sent = false;
     uint64_t generation = 0;  // of the stream it was sent on
@@ -80,6 +82,7 @@ class RemoteMemorySource final : public MemorySource {
   // Takes the callbacks of what is past its deadline; says whether the stream owes one of them.
   bool TakeExpired(absl::Time now, std::vector<SourceCallback>* expired);
   void Answered(uint64_t number, uint64_t generation, absl::StatusOr<RetrieveAnswer> answer);
+  void PartCame(uint64_t number, const RetrieveAnswer& so_far, const std::vector<RecordId>& fresh);
 
   const RemoteMemoryOptions options_;
   const ReaderIdentity reader_;

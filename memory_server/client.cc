@@ -93,7 +93,7 @@ RetrieveStream::~RetrieveStream() {
   reader_.join();
 }
 
-void RetrieveStream::Send(v1::RetrieveRequest request, Callback done) {
+void RetrieveStream::Send(v1::RetrieveRequest request, Callback done, PartCallback part) {
   // Held over the write, so that the order of numbers is the order on the wire.
   absl::MutexLock write_lock(&write_mutex_);
   uint64_t id = 0;
@@ -103,7 +103,9 @@ void RetrieveStream::Send(v1::RetrieveRequest request, Callback done) {
     ended = ended_;
     if (ended.ok()) {
       id = next_id_++;
-      pending_[id].done = std::move(done);
+      Pending& pending = pending_[id];
+      pending.done = std::move(done);
+      pending.part = std::move(part);
     }
   }
   if (!ended.ok()) {
@@ -122,7 +124,7 @@ absl::StatusOr<RetrieveAnswer> RetrieveStream::Retrieve(v1::RetrieveRequest requ
 }
 
 absl::StatusOr<bool> RetrieveStream::Add(v1::RetrieveResponse head, grpc::ByteBuffer* message,
-                                         Pending& pending) {
+                                         Pending& pending, std::vector<RecordId>* fresh) {
   for (const v1::RetrieveResponse::QueryHits& query : head.queries()) {
     for (const v1::RetrieveResponse::Hit& hit : query.hits()) {
       const absl::StatusOr<RecordId> id = IdOf(hit.record_id());
@@ -159,6 +161,7 @@ absl::StatusOr<bool> RetrieveStream::Add(v1::RetrieveResponse head, grpc::ByteBu
     if (!checked.ok()) return Damaged(id, checked.status());
     pending.answer.records[id] = std::make_shared<const std::string>(std::move(partial->second));
     pending.partial.erase(partial);
+    fresh->push_back(id);
   }
   if (head.error_code() != 0)
     return absl::Status(static_cast<absl::StatusCode>(head.error_code()), head.error_message());
@@ -194,13 +197,16 @@ void RetrieveStream::Read() {
       if (node.empty()) continue;  // it failed before its last message; the rest is read past
       work = std::move(node.mapped());
     }
-    absl::StatusOr<bool> complete = Add(*std::move(head), &message, work);
+    std::vector<RecordId> fresh;
+    absl::StatusOr<bool> complete = Add(*std::move(head), &message, work, &fresh);
     message.Clear();
     if (!complete.ok()) {
       work.done(complete.status());
     } else if (*complete) {
       work.done(std::move(work.answer));
     } else {
+      if (work.part && (!fresh.empty() || !work.has_hits)) work.part(work.answer, fresh);
+      work.has_hits = true;
       absl::MutexLock lock(&mutex_);
       pending_[id] = std::move(work);
     }

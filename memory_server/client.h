@@ -89,13 +89,18 @@ struct RetrieveAnswer {
 class RetrieveStream {
  public:
   using Callback = std::function<void(absl::StatusOr<RetrieveAnswer>)>;
+  // An answer as far as it has come: its hits, with the first call, and records, of which those
+  // named are new.
+  using PartCallback =
+      std::function<void(const RetrieveAnswer& so_far, const std::vector<RecordId>& fresh)>;
 
   ~RetrieveStream();  // ends the stream; callbacks under way get CANCELLED before it returns
   // `done` runs on the stream's reading thread, exactly once; it must not block for long, nor
   // destroy the stream. DATA_LOSS where a record came damaged: it is in no answer. After
   // UNAVAILABLE the stream is dead: open another (the server has forgotten what this client holds;
-  // say so with `held`).
-  void Send(v1::RetrieveRequest request, Callback done);
+  // say so with `held`). `part`, where given, is told on the same thread of what comes before the
+  // last message of the answer, whose parts are in it all the same.
+  void Send(v1::RetrieveRequest request, Callback done, PartCallback part = nullptr);
   // Send, and wait for the answer.
   absl::StatusOr<RetrieveAnswer> Retrieve(v1::RetrieveRequest request);
   // Ends the stream without waiting: a Send that blocks returns, callbacks under way get CANCELLED.
@@ -115,12 +120,14 @@ class RetrieveStream {
     RetrieveAnswer answer;
     absl::flat_hash_map<RecordId, uint64_t> sizes;       // of the hits' records
     absl::flat_hash_map<RecordId, std::string> partial;  // not all here yet
+    bool has_hits = false;
     Callback done;
+    PartCallback part;
   };
-  // What a message adds to the answer it belongs to; `head` is all of it but the pieces. True: the
-  // answer is complete.
+  // What a message adds to the answer it belongs to; `head` is all of it but the pieces, `fresh`
+  // what is now complete of its records. True: the answer is complete.
   static absl::StatusOr<bool> Add(v1::RetrieveResponse head, grpc::ByteBuffer* message,
-                                  Pending& pending);
+                                  Pending& pending, std::vector<RecordId>* fresh);
 
   std::unique_ptr<grpc::ClientContext> context_;
   // Answers are parsed by retrieve_wire.h.

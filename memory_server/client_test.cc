@@ -7,6 +7,9 @@
 #include <grpcpp/server_builder.h>
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <future>
+
 #include "memory_server/store_testing.h"
 
 namespace memory3 {
@@ -23,6 +26,7 @@ class ScriptedService : public v1::MemoryService::Service {
     v1::RetrieveRequest request;
     while (stream->Read(&request)) {
       for (v1::RetrieveResponse message : script) {
+        if (message.last() && before_last) before_last();
         message.set_request_id(request.request_id());
         stream->Write(message);
       }
@@ -32,6 +36,7 @@ class ScriptedService : public v1::MemoryService::Service {
   }
   std::vector<v1::RetrieveResponse> script;
   bool end_stream = false;
+  std::function<void()> before_last;
 };
 
 class ClientTest : public ::testing::Test {
@@ -85,6 +90,31 @@ TEST_F(ClientTest, PiecesAreJoined) {
   ASSERT_TRUE(answer.ok()) << answer.status();
   EXPECT_EQ(*answer->records.at(store_testing::MakeId(1)), record_);
   EXPECT_EQ(answer->hits.pieces_size(), 0);
+}
+
+TEST_F(ClientTest, WhatHasComeIsToldBeforeTheLastPieceIsThere) {
+  Answer(record_, record_.size() / 2);
+  const RecordId other = store_testing::MakeId(2);
+  auto& hit = *service_.script[0].mutable_queries(0)->add_hits();
+  hit.set_record_id(std::string(other.view()));
+  hit.set_record_bytes(store_testing::MakeRecord(2).size());
+  auto& piece = *service_.script[0].add_pieces();
+  piece.set_record_id(hit.record_id());
+  piece.set_data(store_testing::MakeRecord(2));
+  std::promise<void> told;
+  service_.before_last = [&] { told.get_future().wait(); };
+  std::promise<absl::StatusOr<RetrieveAnswer>> answer;
+  stream_->Send(
+      {}, [&](absl::StatusOr<RetrieveAnswer> a) { answer.set_value(std::move(a)); },
+      [&](const RetrieveAnswer& so_far, const std::vector<RecordId>& fresh) {
+        EXPECT_EQ(so_far.hits.queries(0).hits_size(), 2);
+        EXPECT_THAT(fresh, ::testing::ElementsAre(other));
+        EXPECT_EQ(*so_far.records.at(other), store_testing::MakeRecord(2));
+        told.set_value();
+      });
+  const absl::StatusOr<RetrieveAnswer> whole = answer.get_future().get();
+  ASSERT_TRUE(whole.ok()) << whole.status();
+  EXPECT_EQ(whole->records.size(), 2u);
 }
 
 TEST_F(ClientTest, EveryFlippedBitIsFound) {

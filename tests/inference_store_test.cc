@@ -26,8 +26,9 @@ class Forwarder final : public v1::MemoryService::Service {
  public:
   struct Fault {
     absl::Duration delay;
-    bool corrupt = false;  // a bit of every record is flipped
-    bool foreign = false;  // records are another model's
+    bool corrupt = false;        // a bit of every record is flipped
+    bool foreign = false;        // records are another model's
+    absl::Duration last_record;  // of every message it comes so much later
   };
 
   Forwarder(const std::string& target, const OfflineModel* model)
@@ -74,6 +75,18 @@ class Forwarder final : public v1::MemoryService::Service {
         }
         Wait(when, *context);
         for (auto& piece : *response.mutable_pieces()) Spoil(piece);
+        const absl::Duration late = fault().last_record;
+        if (late > absl::ZeroDuration() && response.pieces_size() > 0) {
+          v1::RetrieveResponse rest;
+          rest.set_request_id(response.request_id());
+          rest.set_last(response.last());
+          response.set_last(false);
+          *rest.add_pieces() = response.pieces().rbegin()[0];
+          response.mutable_pieces()->RemoveLast();
+          if (!stream->Write(response)) break;
+          Wait(absl::Now() + late, *context);
+          response = std::move(rest);
+        }
         if (!stream->Write(response)) break;
       }
     });
@@ -271,6 +284,24 @@ TEST_F(InferenceStoreTest, ADeadlineIsKeptWhileTheStoreTakesFiveSeconds) {
   const Generated unknown = server_->client().Generate(WithDeadline(kDeadline));
   ExpectDegraded(unknown);
   EXPECT_LT(unknown.first_token, kDeadline + kSlack);
+
+  // Of an answer whose last record is late the others are read.
+  StartInference(forwarder.target());
+  forwarder.Set({.last_record = absl::Seconds(5)});
+  v1::GenerateRequest request = WithDeadline(kDeadline);
+  request.mutable_stopping()->set_max_new_tokens(3);
+  const Generated partly = server_->client().Generate(request);
+  ASSERT_TRUE(partly.status.ok()) << partly.status.error_message();
+  EXPECT_LT(partly.first_token, kDeadline + kSlack);
+  int read = 0;
+  bool timed_out = false;
+  for (const auto& chunk : partly.provenance) {
+    read += chunk.inherited() ? 0 : chunk.memories_size();
+    EXPECT_EQ(chunk.timed_out(), chunk.memories_size() < 5) << chunk.ShortDebugString();
+    timed_out = timed_out || chunk.timed_out();
+  }
+  EXPECT_TRUE(timed_out);
+  EXPECT_GE(read, 8) << "of ten, one or two are late";
 
   // A store that takes some time, and a deadline that leaves it: memories are read.
   forwarder.Set({.delay = absl::Milliseconds(20)});

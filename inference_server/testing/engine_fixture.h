@@ -115,11 +115,12 @@ class FakeBase final : public MemoryBase {
       changed_.notify_all();
     }
     worker_.Add([this, request = std::move(request), done = std::move(done)] {
+      const absl::StatusOr<SourceAnswer> parts = TellParts(request);
       {
         std::unique_lock lock(mutex_);
         changed_.wait(lock, [this] { return open_; });
       }
-      done(Answer(request));
+      done(parts.ok() ? parts : Answer(request));
     });
   }
   void Evicted(const RecordId& id) override {
@@ -132,6 +133,12 @@ class FakeBase final : public MemoryBase {
     const std::lock_guard lock(mutex_);
     open_ = open;
     changed_.notify_all();
+  }
+  // Before the base is open all hits are told, and of each query's records those of its last
+  // `records` hits, the last first.
+  void SetParts(int records) {
+    const std::lock_guard lock(mutex_);
+    parts_ = records;
   }
   void Fail(absl::Status status) {
     const std::lock_guard lock(mutex_);
@@ -165,6 +172,26 @@ class FakeBase final : public MemoryBase {
     for (int j = 0; j < std::min(top_k, count); ++j) found.push_back((number + j * 5) % count);
     return found;  // distinct where 5 does not divide count
   }
+  // The whole answer, of which parts have been told; nothing where none are to be.
+  absl::StatusOr<SourceAnswer> TellParts(const SourceRequest& request) {
+    int records = 0;
+    {
+      const std::lock_guard lock(mutex_);
+      records = parts_;
+    }
+    if (records == 0 || !request.part) return absl::UnavailableError("no parts");
+    absl::StatusOr<SourceAnswer> answer = Answer(request);
+    if (!answer.ok()) return answer;
+    request.part({answer->queries, {}});
+    for (const std::vector<SourceHit>& hits : answer->queries) {
+      const int count = static_cast<int>(hits.size());
+      for (int rank = count - 1; rank >= std::max(0, count - records); --rank) {
+        const auto record = answer->records.find(hits[rank].id);
+        if (record != answer->records.end()) request.part({{}, {{record->first, record->second}}});
+      }
+    }
+    return answer;
+  }
   absl::StatusOr<SourceAnswer> Answer(const SourceRequest& request) {
     const std::lock_guard lock(mutex_);
     if (!failure_.ok()) return failure_;
@@ -189,6 +216,7 @@ class FakeBase final : public MemoryBase {
   mutable std::mutex mutex_;  // guards what follows but the thread
   mutable std::condition_variable changed_;
   bool open_ = true;
+  int parts_ = 0;
   absl::Status failure_;
   int requests_ = 0, queries_ = 0, evictions_ = 0;
   absl::flat_hash_set<RecordId> sent_;
