@@ -153,6 +153,31 @@ TEST_F(TrainerTest, ContinualTrainingGoesOnFromAWarmedUpModel) {
   EXPECT_THAT(output_, HasSubstr("explicit_memory"));
 }
 
+TEST_F(TrainerTest, TheSwitchesOfAStepDoWhatTheySay) {
+  Prepare();
+  const auto with = [](std::vector<std::string> arguments, const std::vector<std::string>& more) {
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  };
+  ASSERT_EQ(Run(Pretrain("warmup", "4")), 0) << output_;
+  const auto continual = [&](const std::string& out) {
+    return std::vector<std::string>{
+        "pretrain",  Path("shards"), "--stage",      "continual", "--model",   Path("warmup/model"),
+        "--out",     Path(out),      "--steps",      "3",         "--batch",   "2",
+        "--context", "129",          "--copy_every", "0",         "--threads", "1"};
+  };
+  ASSERT_EQ(Run(continual("kept")), 0) << output_;
+  ASSERT_EQ(Run(with(continual("recomputed"), {"--recompute"})), 0) << output_;
+  ASSERT_EQ(Run(with(continual("stopped"), {"--stop_writing_gradient"})), 0) << output_;
+  ASSERT_EQ(Run(with(continual("before"), {"--previous_query", "1"})), 0) << output_;
+  const auto weights = [&](const std::string& out) {
+    return Bytes(Path(out + "/model/model.safetensors"));
+  };
+  EXPECT_TRUE(weights("recomputed") == weights("kept")) << "the same bits in less memory";
+  EXPECT_FALSE(weights("stopped") == weights("kept"));
+  EXPECT_FALSE(weights("before") == weights("kept")) << "other references are read";
+}
+
 TEST_F(TrainerTest, FinetuningStopsAndGoesOnToTheSameBytesAndIsEvaluated) {
   Prepare();
   ASSERT_EQ(Run(Pretrain("warmup", "3")), 0) << output_;
