@@ -108,6 +108,11 @@ void AddLoadCommand(CLI::App& app, Commands& commands) {
       ->capture_default_str();
   load->add_option("--title_field", flags->writing.documents.title_field)->capture_default_str();
   load->add_option("--id_field", flags->writing.documents.id_field)->capture_default_str();
+  load->add_option("--uri_field", flags->writing.documents.uri_field, "Default: uri, or url");
+  flags->writing.documents.metadata_field = "metadata";
+  load->add_option("--metadata_field", flags->writing.documents.metadata_field,
+                   "An object of the operator's own pairs, which filters match on; empty: none")
+      ->capture_default_str();
   load->add_flag("--strict", flags->writing.documents.strict,
                  "A bad line is an error, not skipped");
   commands.push_back({load, [=](const Session& session) { return Load(session, *flags); }});

@@ -93,10 +93,11 @@ class WriteTest : public ::testing::Test {
     }
   }
 
-  void StartServer(const std::string& data, const std::string& port = "0") {
-    server_ = std::make_unique<ChildProcess>(
-        "memory_server",
-        std::vector<std::string>{"--data", Path(data), "--listen", "127.0.0.1:" + port});
+  void StartServer(const std::string& data, const std::string& port = "0",
+                   const std::vector<std::string>& more = {}) {
+    std::vector<std::string> arguments = {"--data", Path(data), "--listen", "127.0.0.1:" + port};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    server_ = std::make_unique<ChildProcess>("memory_server", arguments);
     const std::optional<std::string> found = server_->WaitForLine(R"(gRPC on port (\d+))");
     ASSERT_TRUE(found) << server_->output();
     port_ = *found;
@@ -127,6 +128,11 @@ class WriteTest : public ::testing::Test {
                                           "60",
                                           "--unacknowledged_kb",
                                           "64"};
+    // What is given takes the place of the default.
+    for (size_t i = 0; i + 1 < more.size(); i += 2) {
+      const auto same = std::find(arguments.begin(), arguments.end(), more[i]);
+      if (same != arguments.end()) arguments.erase(same, same + 2);
+    }
     arguments.insert(arguments.end(), more.begin(), more.end());
     return arguments;
   }
@@ -291,6 +297,36 @@ TEST_F(WriteTest, ReplacingEncodesOnlyWhatIsNew) {
   EXPECT_LT(metrics["encoded"], metrics["references"].get<int>() - 20);
 }
 
+TEST_F(WriteTest, UriAndMetadataComeWithEachSource) {
+  std::ofstream(Path("documents.jsonl"))
+      << R"({"id": "a", "title": "A", "text": "The one lamp.", "url": "https://a.example/1", )"
+      << R"("metadata": {"year": 1871, "kind": "lamp"}})"
+      << "\n"
+      << R"({"id": "b", "title": "B", "text": "The one ship.", "metadata": {"kind": "ship"}})"
+      << "\n"
+      << R"({"id": "c", "text": "The one whose address is too long.", "uri": ")"
+      << std::string(9000, 'x') << "\"}\n"
+      << R"({"id": "d", "text": "The one with an empty key.", "metadata": {"": "x"}})"
+      << "\n";
+  StartServer("store");
+  ASSERT_EQ(Run(Write("documents.jsonl")), 0) << output_;
+  EXPECT_THAT(output_, HasSubstr("documents.jsonl:3: its uri has 9000 bytes"));
+  EXPECT_THAT(output_, HasSubstr("documents.jsonl:4: its metadata"));
+  v1::RetrieveRequest request;
+  request.set_knowledge_base("kb");
+  const auto query = (*MakeEmbedder("lexical"))->EmbedOne("the one");
+  request.add_queries()->set_top_k(10);
+  request.mutable_queries(0)->mutable_embedding()->Add(query->begin(), query->end());
+  (*request.mutable_queries(0)->mutable_filter()->mutable_metadata())["kind"] = "lamp";
+  const auto answer = Connect()->OpenRetrieve()->Retrieve(request);
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  ASSERT_EQ(answer->hits.queries(0).hits_size(), 1) << "the filter matches on it";
+  const v1::Source& source = answer->hits.queries(0).hits(0).sources(0);
+  EXPECT_EQ(source.document_id(), "a");
+  EXPECT_EQ(source.uri(), "https://a.example/1");
+  EXPECT_EQ(source.metadata().at("year"), "1871");
+}
+
 TEST_F(WriteTest, ShardsFillOneLoadAndTheCallWithoutCommitsIt) {
   SaveDocuments("documents.jsonl", 0, 30);
   StartServer("whole");
@@ -307,6 +343,49 @@ TEST_F(WriteTest, ShardsFillOneLoadAndTheCallWithoutCommitsIt) {
   EXPECT_TRUE(ContentOf(&version) == whole);
   EXPECT_NE(Run(Write("documents.jsonl", {"--shard", "4/3"})), 0);
   EXPECT_THAT(output_, HasSubstr("--shard \"4/3\""));
+}
+
+TEST_F(WriteTest, KeysAndCertificatesAreAskedFor) {
+  SaveDocuments("documents.jsonl", 0, 3);
+  const auto run = [&](const std::string& command) {
+    ASSERT_EQ(std::system(("cd " + root_.string() + " && " + command + " 2>/dev/null").c_str()), 0)
+        << command;
+  };
+  run("openssl req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=test-ca "
+      "-days 2");
+  for (const char* name : {"server", "client"}) {
+    run(absl::StrCat("openssl req -newkey rsa:2048 -nodes -keyout ", name, ".key -out ", name,
+                     ".csr -subj /CN=localhost && echo subjectAltName=IP:127.0.0.1 > san && "
+                     "openssl x509 -req -in ",
+                     name,
+                     ".csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile san -out ",
+                     name, ".pem"));
+  }
+  std::ofstream(Path("keys.json")) << absl::StrCat(
+      R"({"keys": [{"name": "loader", "tenant": "acme", "knowledge_bases": {"*": "admin"}, )",
+      R"("sha256": ")", Sha256Of("loader-key").ToHex(), R"("}]})");
+  StartServer("store", "0",
+              {"--api_keys", Path("keys.json"), "--tls_certificate", Path("server.pem"),
+               "--tls_key", Path("server.key"), "--tls_client_ca", Path("ca.pem")});
+  const std::vector<std::string> certificates = {
+      "--tls_ca",  Path("ca.pem"),     "--tls_certificate", Path("client.pem"),
+      "--tls_key", Path("client.key"), "--patience",        "3"};
+  const auto with = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> all = certificates;
+    all.insert(all.end(), more.begin(), more.end());
+    return Write("documents.jsonl", all);
+  };
+  ASSERT_EQ(Run(with({"--api_key", "loader-key", "--tenant", "acme"})), 0) << output_;
+  EXPECT_THAT(output_, HasSubstr("is published"));
+  EXPECT_EQ(Run(with({"--api_key", "wrong", "--label", "again"})), 1);
+  EXPECT_THAT(output_, HasSubstr("key"));
+  EXPECT_EQ(Run(with({"--label", "again"})), 1) << "no key";
+  EXPECT_EQ(Run(Write("documents.jsonl", {"--api_key", "loader-key", "--patience", "3"})), 1)
+      << "no certificate";
+  EXPECT_THAT(output_, HasSubstr("127.0.0.1:" + port_));
+  EXPECT_EQ(
+      Run(Write("documents.jsonl", {"--api_key", "loader-key", "--tls_ca", Path("none.pem")})), 1);
+  EXPECT_THAT(output_, HasSubstr("none.pem"));
 }
 
 TEST_F(WriteTest, BadInputAndForeignKnowledgeBasesAreRefusedByName) {
@@ -345,6 +424,9 @@ TEST_F(WriteTest, BadInputAndForeignKnowledgeBasesAreRefusedByName) {
   *std::find(other.begin(), other.end(), Path("model")) = Path("other");
   EXPECT_EQ(Run(other), 1);
   EXPECT_THAT(output_, HasSubstr("writer fingerprint (model)"));
+  *std::find(other.begin(), other.end(), Path("other")) = Path("none");
+  EXPECT_EQ(Run(other), 1);
+  EXPECT_THAT(output_, HasSubstr(Path("none")));
   std::vector<std::string> f32 = Write("documents.jsonl");
   *(std::find(f32.begin(), f32.end(), "bf16")) = "f32";
   EXPECT_EQ(Run(f32), 1);

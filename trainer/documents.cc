@@ -57,6 +57,21 @@ std::string FieldText(const nlohmann::json& object, const std::string& field) {
   return "";
 }
 
+// The object's pairs as texts; false: it is no object, or a value is none of text, number and truth
+// value. No field: no pairs.
+bool ReadMetadata(const nlohmann::json& object, const std::string& field,
+                  std::map<std::string, std::string>* metadata) {
+  metadata->clear();
+  const auto it = object.find(field);
+  if (it == object.end() || it->is_null()) return true;
+  if (!it->is_object()) return false;
+  for (const auto& [key, value] : it->items()) {
+    if (!value.is_string() && !value.is_number() && !value.is_boolean()) return false;
+    (*metadata)[key] = value.is_string() ? value.get<std::string>() : value.dump();
+  }
+  return true;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<DocumentReader>> DocumentReader::Open(std::vector<std::string> paths,
@@ -162,6 +177,15 @@ std::string DocumentReader::ParseLine(const std::string& line, Document* documen
   if (IsBlank(document->text)) return absl::StrCat("field \"", options_.text_field, "\" is empty");
   document->title = FieldText(object, options_.title_field);
   document->id = FieldText(object, options_.id_field);
+  document->uri = FieldText(object, options_.uri_field.empty() ? "uri" : options_.uri_field);
+  if (document->uri.empty() && options_.uri_field.empty()) {
+    document->uri = FieldText(object, "url");
+  }
+  if (!options_.metadata_field.empty() &&
+      !ReadMetadata(object, options_.metadata_field, &document->metadata)) {
+    return absl::StrCat("field \"", options_.metadata_field,
+                        "\" is not an object of texts, numbers and truth values");
+  }
   return "";
 }
 
@@ -226,6 +250,8 @@ absl::StatusOr<bool> DocumentReader::NextFromText(Document* document) {
   }
   const std::filesystem::path name(std::string(Uncompressed(file_->path())));
   document->title = name.stem().string();
+  document->uri.clear();
+  document->metadata.clear();
   document->file = file_->path();
   document->line = 0;
   document->id = first ? file_->path() : absl::StrCat(file_->path(), ":", line_);

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,6 +26,8 @@ struct Document {
   std::string id;  // the id field, a number written in decimal; without one "FILE:LINE" or "FILE"
   std::string title;  // may be empty; a .txt file's is its name without extensions
   std::string text;   // valid UTF-8, not empty
+  std::string uri;    // may be empty
+  std::map<std::string, std::string> metadata;
   std::string file;
   int64_t line = 0;  // of a .jsonl, from 1; 0 in a .txt
 };
@@ -33,6 +36,10 @@ struct DocumentOptions {
   std::string text_field = "text";
   std::string title_field = "title";
   std::string id_field = "id";
+  std::string uri_field;  // empty: "uri", where there is none "url"
+  // An object whose values are texts, numbers or truth values (others make the line bad), which
+  // are kept as text. Default (empty): none is read.
+  std::string metadata_field;
   // A longer line is bad; a longer .txt is cut into documents at line ends. Default: 64 MiB.
   size_t max_document_bytes = size_t{64} << 20;
   bool strict = false;

@@ -192,6 +192,43 @@ TEST_F(DocumentsTest, OtherFields) {
   EXPECT_THAT(r.titles, ElementsAre("n"));
 }
 
+TEST_F(DocumentsTest, UriAndMetadata) {
+  const std::string path = Write(
+      "m.jsonl",
+      R"({"text": "a", "uri": "u:1", "url": "no", "metadata": {"year": 1871, "kind": "lamp", "lit": true}}
+{"text": "b", "url": "u:2", "metadata": null}
+{"text": "c", "link": "u:3", "metadata": {"of": {"what": 1}}}
+{"text": "d", "link": "u:4", "metadata": ["x"]}
+)");
+  const auto read = [&](const DocumentOptions& options, int64_t* skipped) {
+    auto reader = DocumentReader::Open({path}, options).value();
+    std::vector<Document> all;
+    for (Document d; reader->Next(&d).value();) all.push_back(d);
+    *skipped = reader->skipped();
+    return all;
+  };
+  int64_t skipped = 0;
+  DocumentOptions options;
+  std::vector<Document> all = read(options, &skipped);
+  ASSERT_EQ(all.size(), 4u);
+  EXPECT_EQ(all[0].uri, "u:1");
+  EXPECT_EQ(all[1].uri, "u:2");
+  EXPECT_EQ(all[2].uri, "");
+  EXPECT_TRUE(all[0].metadata.empty()) << "not read unless named";
+  options.metadata_field = "metadata";
+  all = read(options, &skipped);
+  ASSERT_EQ(all.size(), 2u);
+  EXPECT_EQ(skipped, 2) << "nested values and arrays are bad";
+  using Pairs = std::map<std::string, std::string>;
+  EXPECT_EQ(all[0].metadata, (Pairs{{"kind", "lamp"}, {"lit", "true"}, {"year", "1871"}}));
+  EXPECT_TRUE(all[1].metadata.empty()) << "nothing is left of the line before";
+  options.metadata_field.clear();
+  options.uri_field = "link";
+  all = read(options, &skipped);
+  EXPECT_EQ(all[0].uri, "");
+  EXPECT_EQ(all[3].uri, "u:4");
+}
+
 TEST_F(DocumentsTest, DamagedFiles) {
   std::string big;
   for (int i = 0; i < 5000; ++i) big += "{\"text\": \"number " + std::to_string(i * 7919) + "\"}\n";

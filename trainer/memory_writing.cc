@@ -53,8 +53,8 @@ absl::StatusOr<std::string> IdempotencyKey(const MemoryWritingOptions& o, const 
         std::string(WeightFormatName(model.format())), std::string(CodecName(codec.id())),
         std::string(codec.codebook_hash().view()), std::string(embedder.fingerprint().view()),
         o.tenant, o.label, std::string(o.replace ? "replace" : "append"), o.documents.text_field,
-        o.documents.title_field, o.documents.id_field,
-        absl::StrCat(o.documents.max_document_bytes)}) {
+        o.documents.title_field, o.documents.id_field, o.documents.uri_field,
+        o.documents.metadata_field, absl::StrCat(o.documents.max_document_bytes)}) {
     key.UpdateLengthPrefixed(field);
   }
   for (const std::string& path : o.inputs) {
@@ -184,6 +184,9 @@ class Compressor {
       source.set_document_id(item.document->id);
       source.set_ordinal(item.ordinal);
       source.set_title(item.document->title);
+      source.set_uri(item.document->uri);
+      source.mutable_metadata()->insert(item.document->metadata.begin(),
+                                        item.document->metadata.end());
       source.set_char_begin(item.char_begin);
       source.set_char_end(item.char_end);
       source.set_text(std::move(item.text));

@@ -17,7 +17,8 @@ constexpr int64_t kBytesAtOnce = int64_t{1} << 20;  // of text that is cut side 
 constexpr size_t kDocumentsAtOnce = 256;
 constexpr size_t kMaxWarnings = 20;
 // What the store takes (memory.proto).
-constexpr size_t kMaxDocumentId = 512, kMaxTitle = 4096;
+constexpr size_t kMaxDocumentId = 512, kMaxTitle = 4096, kMaxUri = 8192;
+constexpr size_t kMaxMetadataPairs = 64, kMaxMetadataKey = 256, kMaxMetadataValue = 4096;
 // Of records remembered, 200 MiB; what repeats later is written again and shared by the store.
 constexpr size_t kMostRecordsSeen = size_t{1} << 23;
 
@@ -109,6 +110,21 @@ std::string ReferenceSource::Problem(const Document& document) {
     return absl::StrCat("its title has ", document.title.size(), " bytes, at most ", kMaxTitle,
                         " are taken");
   }
+  if (document.uri.size() > kMaxUri) {
+    return absl::StrCat("its uri has ", document.uri.size(), " bytes, at most ", kMaxUri,
+                        " are taken");
+  }
+  if (document.metadata.size() > kMaxMetadataPairs) {
+    return absl::StrCat("it has ", document.metadata.size(), " metadata pairs, at most ",
+                        kMaxMetadataPairs, " are taken");
+  }
+  for (const auto& [key, value] : document.metadata) {
+    if (key.empty() || key.size() > kMaxMetadataKey || value.size() > kMaxMetadataValue) {
+      return absl::StrCat("its metadata \"", key.substr(0, 40), "\" has a key of ", key.size(),
+                          " bytes (1 to ", kMaxMetadataKey, " are taken) and a value of ",
+                          value.size(), " (at most ", kMaxMetadataValue, ")");
+    }
+  }
   if (!documents_seen_.insert(ShortHash::OfText(document.id)).second) {
     return absl::StrCat("another document before it has the id \"", document.id, "\"");
   }
@@ -150,7 +166,8 @@ void ReferenceSource::CutOne(Cut* cut) const {
     cut->status = references.status();
     return;
   }
-  const auto head = std::make_shared<const DocumentHead>(DocumentHead{document.id, document.title});
+  const auto head = std::make_shared<const DocumentHead>(
+      DocumentHead{document.id, document.title, document.uri, document.metadata});
   const std::string_view text = document.text;
   size_t at = 0;
   uint64_t characters = 0;  // of text[0, at)

@@ -2,13 +2,15 @@
 // records' ids in threads of their own, some way ahead of the one that takes them.
 //
 // A document whose id was met before is skipped and counted, so that what is written does not
-// depend on which of the two comes last; so is one whose id or title no store takes.
+// depend on which of the two comes last; so is one of whose id, title, uri or metadata the store
+// would not take.
 //
 // Thread-safety: Next by one thread, counts from any. Owns its threads, which the destructor ends.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -28,7 +30,8 @@ namespace memory3 {
 
 // What the references of one document share.
 struct DocumentHead {
-  std::string id, title;
+  std::string id, title, uri;
+  std::map<std::string, std::string> metadata;
 };
 
 struct ReferenceItem {

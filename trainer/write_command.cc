@@ -219,6 +219,12 @@ void AddWriteCommand(CLI::App* app, Commands* commands) {
   flags->add_option("--text_field", f->writing.documents.text_field)->capture_default_str();
   flags->add_option("--title_field", f->writing.documents.title_field)->capture_default_str();
   flags->add_option("--id_field", f->writing.documents.id_field)->capture_default_str();
+  flags->add_option("--uri_field", f->writing.documents.uri_field, "Default: uri, or url");
+  f->writing.documents.metadata_field = "metadata";
+  flags
+      ->add_option("--metadata_field", f->writing.documents.metadata_field,
+                   "An object of the operator's own pairs, which filters match on; empty: none")
+      ->capture_default_str();
   flags->add_flag("--strict", f->writing.documents.strict, "A bad line is an error, not skipped");
   flags->add_option("--rows", f->writing.rows, "Tokens encoded at once; 0: as the device likes it")
       ->check(CLI::Range(0, 1 << 20))
