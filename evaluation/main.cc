@@ -195,7 +195,7 @@ class Evaluation {
   // The model with another geometry, beside links to its files.
   absl::StatusOr<std::string> MakeModel(const Variant& variant) const {
     if (variant.unchanged) return arguments_.model;
-    const std::string directory = In("model");
+    std::string directory = In("model");
     std::error_code error;
     fs::remove_all(directory, error);
     fs::create_directories(directory, error);
@@ -223,7 +223,7 @@ class Evaluation {
   // vq's, trained on memories of the Factbook, which is not what is asked about. Kept for the next
   // run of the same model.
   absl::StatusOr<std::string> MakeCodebook() const {
-    const std::string path = In(absl::StrCat("codebook-", fingerprint_.substr(0, 16), ".m3cb"));
+    std::string path = In(absl::StrCat("codebook-", fingerprint_.substr(0, 16), ".m3cb"));
     if (fs::exists(path)) return path;
     std::fprintf(stderr, "Training the vq codec's codebook…\n");
     const int threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));

@@ -16,7 +16,8 @@ using nlohmann::json;
 
 std::string Number(double value) {
   if (value >= 100) return absl::StrFormat("%.0f", value);
-  return absl::StrFormat(value >= 10 ? "%.1f" : "%.2f", value);
+  if (value >= 10) return absl::StrFormat("%.1f", value);
+  return absl::StrFormat("%.2f", value);
 }
 
 std::string Layers(const EvaluationRow& row) { return absl::StrJoin(row.memory_layers, " "); }

@@ -103,7 +103,7 @@ bool HttpListener::Lane::TryRun(std::function<void()> task, std::function<void()
       static_cast<int>(threads_.size()) < max_threads_) {
     try {
       threads_.emplace_back([this] { Work(); });
-    } catch (const std::system_error&) {
+    } catch (const std::system_error&) {  // NOLINT(bugprone-empty-catch)
       // The system gives no more threads: those that there are must do.
     }
   }

@@ -320,8 +320,8 @@ class EngineTest : public ::testing::Test {
     reader_.reset();
   }
 
-  void Start(DecoderOptions decoder = {}, EngineOptions options = {}, int64_t cache_bytes = 1 << 30,
-             bool device_decodes_vq = false) {
+  void Start(const DecoderOptions& decoder = {}, EngineOptions options = {},
+             int64_t cache_bytes = 1 << 30, bool device_decodes_vq = false) {
     const ExplicitMemoryConfig& memory = *config_.explicit_memory;
     reader_ = std::make_unique<MemoryReader>(
         &embedder_, WriterOf("model"),
