@@ -65,6 +65,9 @@ rocksdb::ColumnFamilyOptions FamilyOptions(Family family, const RocksDbStoreOpti
   table.block_cache = cache;
   table.filter_policy.reset(rocksdb::NewBloomFilterPolicy(10));
   table.format_version = 5;
+  // Ours is several times as fast as RocksDB's XXH3, which Debian builds for SSE2.
+  static const bool kOurCrc32c = RocksDbUsesOurCrc32c();
+  table.checksum = kOurCrc32c ? rocksdb::kCRC32c : rocksdb::kXXH3;
   o.level_compaction_dynamic_level_bytes = true;
   o.write_buffer_size = std::max<uint64_t>(options.write_buffer_bytes / 4, uint64_t{64} << 10);
   o.compression = rocksdb::kNoCompression;
@@ -221,6 +224,35 @@ absl::StatusOr<bool> Database::Get(Family f, std::string_view key,
   if (s.ok()) return true;
   if (s.IsNotFound()) return false;
   return FromRocksDb(s, Message("reading from ", kFamilyNames[f]));
+}
+
+absl::Status Database::GetEach(
+    Family f, std::span<const std::string> keys,
+    absl::FunctionRef<absl::Status(size_t, const rocksdb::PinnableSlice*)> each) const {
+  constexpr size_t kTogether = 64;
+  rocksdb::ReadOptions options;
+  options.value_size_soft_limit = uint64_t{16} << 20;  // past it keys are read one by one
+  std::array<rocksdb::Slice, kTogether> slices;
+  std::array<rocksdb::PinnableSlice, kTogether> values;
+  std::array<rocksdb::Status, kTogether> statuses;
+  for (size_t first = 0; first < keys.size(); first += kTogether) {
+    const size_t n = std::min(kTogether, keys.size() - first);
+    std::copy_n(keys.begin() + static_cast<ptrdiff_t>(first), n, slices.begin());
+    db_->MultiGet(options, families_[f], n, slices.data(), values.data(), statuses.data(),
+                  /*sorted_input=*/true);
+    for (size_t i = 0; i < n; ++i) {
+      if (statuses[i].IsAborted()) {
+        values[i].Reset();
+        statuses[i] = db_->Get(rocksdb::ReadOptions(), families_[f], slices[i], &values[i]);
+      }
+      if (!statuses[i].ok() && !statuses[i].IsNotFound())
+        return FromRocksDb(statuses[i], Message("reading from ", kFamilyNames[f]));
+      absl::Status status = each(first + i, statuses[i].ok() ? &values[i] : nullptr);
+      if (!status.ok()) return status;
+      values[i].Reset();
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<bool> Database::Has(Family f, std::string_view key,

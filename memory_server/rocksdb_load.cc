@@ -157,6 +157,7 @@ absl::StatusOr<BeginLoadResult> RocksDbCore::BeginLoad(std::string_view tenant,
 
 absl::StatusOr<PutResult> RocksDbCore::PutLoad(std::string_view tenant, std::string_view load_id,
                                                std::span<const NewEntry> entries, bool wait) {
+  const absl::Time begun = absl::Now();
   absl::StatusOr<std::shared_ptr<Load>> found = FindLoad(tenant, load_id);
   if (!found.ok()) return found.status();
   Load& load = **found;
@@ -180,18 +181,18 @@ absl::StatusOr<PutResult> RocksDbCore::PutLoad(std::string_view tenant, std::str
       std::vector<bool> replaced(old.size());
       Change change(&scratch_);
       change.track = false;
-      for (size_t i = 0; i < old.size() && segment.rows; ++i) {
-        rocksdb::PinnableSlice value;
-        absl::StatusOr<bool> has =
-            db_->Get(kEntries, prefix + batch->entries[i].suffix, nullptr, &value);
-        if (!has.ok()) return has.status();
-        if (!*has) continue;
-        old[i].emplace();
-        if (!DecodeEntryRow(ToView(value), &*old[i])) {
-          return absl::DataLossError(Message("a malformed entry row in segment ", segment.id));
-        }
-        change.track = true;
+      std::vector<std::string> keys;
+      for (uint32_t i : batch->by_name) {
+        if (segment.rows) keys.push_back(prefix + batch->entries[i].suffix);
       }
+      const auto take = [&](size_t at, const rocksdb::PinnableSlice* value) -> absl::Status {
+        if (value == nullptr) return absl::OkStatus();
+        EntryRow& row = old[batch->by_name[at]].emplace();
+        change.track = true;
+        if (DecodeEntryRow(ToView(*value), &row)) return absl::OkStatus();
+        return absl::DataLossError(Message("a malformed entry row in segment ", segment.id));
+      };
+      if (absl::Status s = db_->GetEach(kEntries, keys, take); !s.ok()) return s;
       for (size_t i = 0; i < old.size(); ++i) {
         const Prepared& p = batch->entries[i];
         if (old[i]) {
@@ -221,6 +222,8 @@ absl::StatusOr<PutResult> RocksDbCore::PutLoad(std::string_view tenant, std::str
       segment.rows = true;
       if (absl::Status s = db_->Write(&change.batch); !s.ok()) return s;
       std::lock_guard lock(load.mu);
+      // The first batch, of a load that was resumed too, counts from its own beginning.
+      if (load.rate.empty()) load.rate.push_back({begun, {load.info.entries, load.info.bytes}});
       load.info.entries = info.entries;
       load.info.bytes = info.bytes;
       const absl::Time now = absl::Now();

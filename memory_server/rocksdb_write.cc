@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <optional>
 
 #include "memory_server/dot.h"
 #include "memory_server/message.h"
@@ -209,24 +210,35 @@ absl::Status RocksDbCore::PutEntries(const KnowledgeBase& kb, const std::string&
   rocksdb::WriteBatch& out = change->batch;
   std::vector<uint64_t> record_bytes(batch.entries.size());
   const RecordId* before = nullptr;
+  // A record that is not there costs a look at a filter; one that is, less than writing it again.
+  std::vector<std::string> keys;
+  for (uint32_t i : batch.by_record) {
+    const RecordId& id = batch.entries[i].entry->record_id;
+    if (before == nullptr || *before != id) keys.push_back(RecordKey(kb, id));
+    before = &id;
+  }
+  std::vector<std::optional<uint64_t>> held(keys.size());  // bytes of those that are
+  absl::Status looked =
+      db_->GetEach(kRecords, keys, [&](size_t at, const rocksdb::PinnableSlice* there) {
+        if (there != nullptr) held[at] = there->size();
+        return absl::OkStatus();
+      });
+  if (!looked.ok()) return looked;
+  before = nullptr;
+  size_t distinct = 0;
   uint64_t bytes = 0;
   for (uint32_t i : batch.by_record) {
     const Prepared& p = batch.entries[i];
     const NewEntry& e = *p.entry;
     if (before == nullptr || *before != e.record_id) {
       before = &e.record_id;
-      // A record that is not there costs a look at a filter; one that is, less than writing it
-      // again.
-      const std::string key = RecordKey(kb, e.record_id);
-      rocksdb::PinnableSlice there;
-      absl::StatusOr<bool> held = db_->Get(kRecords, key, nullptr, &there);
-      if (!held.ok()) return held.status();
+      const size_t at = distinct++;
       auto given = batch.records.find(e.record_id);
-      if (*held) {
-        bytes = there.size();
+      if (held[at]) {
+        bytes = *held[at];
       } else if (given != batch.records.end()) {
         bytes = given->second.size();
-        out.Put(db_->family(kRecords), key, ToSlice(given->second));
+        out.Put(db_->family(kRecords), keys[at], ToSlice(given->second));
         change->new_records.insert(e.record_id);
         ++*new_records;
       } else {

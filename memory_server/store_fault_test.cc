@@ -47,14 +47,7 @@ class StoreFaultTest : public testing::TestWithParam<Fault> {
     absl::StatusOr<StoredRecord> record = store_->GetRecord("default", "kb", MakeId(n), true);
     if (!record.ok()) return record.status();
     if (record->record.bytes != MakeRecord(n)) return absl::InternalError("other bytes");
-    absl::StatusOr<std::shared_ptr<const VersionPin>> pin =
-        store_->Pin("default", "kb", std::nullopt);
-    if (!pin.ok()) return pin.status();
-    const std::vector<float> vector = MakeVector(n);
-    Query query;
-    query.embedding = vector;
-    query.top_k = 1;
-    absl::StatusOr<RetrieveResult> found = store_->Retrieve(**pin, {&query, 1}, {});
+    absl::StatusOr<RetrieveResult> found = store_testing::Ask(*store_, MakeVector(n), 1);
     if (!found.ok()) return found.status();
     if (found->queries[0].empty() || found->queries[0][0].record_id != MakeId(n)) {
       return absl::InternalError("another record");

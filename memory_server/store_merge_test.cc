@@ -59,16 +59,7 @@ class StoreMergeTest : public testing::Test {
         ->layers;
   }
   absl::StatusOr<std::vector<Hit>> Ask(uint64_t n) {
-    absl::StatusOr<std::shared_ptr<const VersionPin>> pin =
-        store_->Pin("default", "kb", std::nullopt);
-    if (!pin.ok()) return pin.status();
-    const std::vector<float> vector = MakeVector(n);
-    Query query;
-    query.embedding = vector;
-    query.top_k = 5;
-    absl::StatusOr<RetrieveResult> found = store_->Retrieve(**pin, {&query, 1}, {});
-    if (!found.ok()) return found.status();
-    return std::move(found->queries[0]);
+    return store_testing::HitsOf(store_testing::Ask(*store_, MakeVector(n)));
   }
 
   store_testing::TemporaryDirectory directory_;

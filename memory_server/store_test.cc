@@ -50,16 +50,8 @@ class StoreTest : public testing::Test {
   absl::Status PutOne(const OwnedEntry& e, bool wait = true) {
     return store_->Put("default", "kb", {&e.entry, 1}, wait).status();
   }
-  absl::StatusOr<std::vector<Hit>> Ask(std::vector<float> vector, uint32_t top_k = 5) {
-    absl::StatusOr<std::shared_ptr<const VersionPin>> pin =
-        store_->Pin("default", "kb", std::nullopt);
-    if (!pin.ok()) return pin.status();
-    Query query;
-    query.embedding = vector;
-    query.top_k = top_k;
-    absl::StatusOr<RetrieveResult> r = store_->Retrieve(**pin, {&query, 1}, {});
-    if (!r.ok()) return r.status();
-    return std::move(r->queries[0]);
+  absl::StatusOr<std::vector<Hit>> Ask(const std::vector<float>& vector, uint32_t top_k = 5) {
+    return store_testing::HitsOf(store_testing::Ask(*store_, vector, top_k));
   }
   // Loads references [from, to), one document each.
   absl::StatusOr<LoadInfo> LoadAll(const std::string& key, LoadMode mode, uint64_t from,
@@ -234,7 +226,19 @@ TEST_F(StoreTest, LoadsKeepTheirKeyStateAndProgress) {
   ASSERT_TRUE(begun.ok());
   const std::string id = begun->load.load_id;
   auto e = MakeEntry("doc", 0, 1);
+  // One batch says how fast it goes, of a load that was resumed as of a new one.
+  const auto expect_rates = [&](uint64_t entries) {
+    const LoadInfo info = *store_->GetLoad("default", id);
+    EXPECT_EQ(info.entries, entries);
+    EXPECT_GT(info.entries_per_second, 0);
+    EXPECT_GT(info.bytes_per_second, 0);
+    ASSERT_TRUE(info.time_left);
+    EXPECT_GT(*info.time_left, absl::ZeroDuration());
+  };
+  EXPECT_EQ(begun->load.entries_per_second, 0);
+  EXPECT_FALSE(begun->load.time_left);
   ASSERT_TRUE(store_->PutLoad("default", id, {&e->entry, 1}, true).ok());
+  expect_rates(1);
   EXPECT_EQ(store_->Count("default", "kb")->entries, 0);
   EXPECT_TRUE(Ask(MakeVector(1))->empty());
   Open();
@@ -249,13 +253,16 @@ TEST_F(StoreTest, LoadsKeepTheirKeyStateAndProgress) {
   // Sent again: taken once.
   ASSERT_TRUE(store_->PutLoad("default", id, {&e->entry, 1}, true).ok());
   EXPECT_EQ(store_->GetLoad("default", id)->entries, 1);
+  auto other = MakeEntry("doc", 1, 2);
+  ASSERT_TRUE(store_->PutLoad("default", id, {&other->entry, 1}, true).ok());
+  expect_rates(2);
   EXPECT_EQ(store_->ListLoadedDocuments("default", id, 0, "")->documents.size(), 1);
   auto done = store_->CommitLoad("default", id, true);
   ASSERT_TRUE(done.ok());
   EXPECT_EQ(done->state, LoadState::kCommitted);
   EXPECT_EQ(done->version, 2);
   EXPECT_EQ(done->indexing_fraction, 1);
-  EXPECT_EQ(Ask(MakeVector(1))->size(), 1);
+  EXPECT_EQ(Ask(MakeVector(1))->size(), 2);
   EXPECT_CODE(store_->PutLoad("default", id, {&e->entry, 1}, true).status(), kPrecondition,
               "COMMITTED");
   EXPECT_CODE(store_->AbortLoad("default", id).status(), kPrecondition, "COMMITTED");

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -97,6 +98,21 @@ inline std::unique_ptr<OwnedEntry> MakeEntry(std::string document, uint32_t ordi
   e->entry.record = e->record;
   e->entry.embedding = e->embedding;
   return e;
+}
+
+// One query to the published version of knowledge base "kb", tenant "default".
+inline absl::StatusOr<RetrieveResult> Ask(MemoryStore& store, const std::vector<float>& vector,
+                                          uint32_t top_k = 5) {
+  absl::StatusOr<std::shared_ptr<const VersionPin>> pin = store.Pin("default", "kb", std::nullopt);
+  if (!pin.ok()) return pin.status();
+  Query query;
+  query.embedding = vector;
+  query.top_k = top_k;
+  return store.Retrieve(**pin, {&query, 1}, {});
+}
+inline absl::StatusOr<std::vector<Hit>> HitsOf(absl::StatusOr<RetrieveResult> result) {
+  if (!result.ok()) return result.status();
+  return std::move(result->queries[0]);
 }
 
 }  // namespace memory3::store_testing
