@@ -20,8 +20,9 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "index files hold little-endian arrays");
 
-constexpr size_t kBlock = 4096;     // vectors encoded at a time
-constexpr size_t kScanRows = 1024;  // scores computed at a time in a search
+constexpr size_t kBlock = 4096;                             // vectors encoded at a time
+constexpr size_t kScanRows = 1024;                          // scores computed at a time in a search
+constexpr uint64_t kSharedScanBytes = uint64_t{256} << 10;  // of vectors, scanned by all lookups
 constexpr size_t kCalibrationQueries = 128;
 constexpr size_t kCalibrationDepth = 5;  // recall@5
 constexpr size_t kTrainPerList = 48;     // FAISS asks for at least 39
@@ -30,36 +31,6 @@ constexpr int kTrainIterations = 6;
 bool Better(const ScoredSlot& a, const ScoredSlot& b) {
   return a.score != b.score ? a.score > b.score : a.slot < b.slot;
 }
-
-// Keeps the best k of what is offered.
-class TopK {
- public:
-  explicit TopK(size_t k) : k_(k) { kept_.reserve(std::min<size_t>(2 * k, size_t{1} << 16)); }
-  bool Wants(float score) const { return !full_ || score >= threshold_; }
-  void Offer(ScoredSlot s) {
-    kept_.push_back(s);
-    if (kept_.size() >= 2 * k_ + 64) Cut();
-  }
-  // Answers whether anything offered (or refused by Wants) was left out.
-  bool Finish(std::vector<ScoredSlot>* out) {
-    if (kept_.size() > k_) Cut();
-    std::sort(kept_.begin(), kept_.end(), Better);
-    *out = std::move(kept_);
-    return full_;
-  }
-
- private:
-  void Cut() {
-    std::nth_element(kept_.begin(), kept_.begin() + (k_ - 1), kept_.end(), Better);
-    threshold_ = kept_[k_ - 1].score;
-    kept_.resize(k_);
-    full_ = true;
-  }
-  size_t k_;
-  std::vector<ScoredSlot> kept_;
-  bool full_ = false;
-  float threshold_ = 0;
-};
 
 bool IsDead(const std::atomic<uint64_t>* dead, uint32_t slot) {
   return dead != nullptr && (dead[slot / 64].load(std::memory_order_relaxed) >> (slot % 64) & 1);
@@ -120,6 +91,36 @@ struct Calibration {
 };
 
 }  // namespace
+
+// Keeps the best k of what is offered.
+class BaseIndex::TopK {
+ public:
+  explicit TopK(size_t k) : k_(k) { kept_.reserve(std::min<size_t>(2 * k, size_t{1} << 16)); }
+  bool Wants(float score) const { return !full_ || score >= threshold_; }
+  void Offer(ScoredSlot s) {
+    kept_.push_back(s);
+    if (kept_.size() >= 2 * k_ + 64) Cut();
+  }
+  // Answers whether anything offered (or refused by Wants) was left out.
+  bool Finish(std::vector<ScoredSlot>* out) {
+    if (kept_.size() > k_) Cut();
+    std::sort(kept_.begin(), kept_.end(), Better);
+    *out = std::move(kept_);
+    return full_;
+  }
+
+ private:
+  void Cut() {
+    std::nth_element(kept_.begin(), kept_.begin() + (k_ - 1), kept_.end(), Better);
+    threshold_ = kept_[k_ - 1].score;
+    kept_.resize(k_);
+    full_ = true;
+  }
+  size_t k_;
+  std::vector<ScoredSlot> kept_;
+  bool full_ = false;
+  float threshold_ = 0;
+};
 
 struct BaseIndex::Building {
   std::vector<int8_t> codes;
@@ -430,50 +431,78 @@ std::vector<uint32_t> BaseIndex::RankLists(const float* query, size_t n) const {
   return order;
 }
 
-bool BaseIndex::Search(const float* query, size_t k, const std::atomic<uint64_t>* dead,
-                       std::vector<ScoredSlot>* out) const {
-  out->clear();
-  if (keys_.empty() || k == 0) return keys_.empty();
-  TopK top(std::min(k, keys_.size()));
+void BaseIndex::Scan(const float* query, uint64_t begin, uint64_t end,
+                     const std::atomic<uint64_t>* dead, TopK* top) const {
   float scores[kScanRows];
-  // Scans storage positions [begin, end).
-  auto scan = [&](uint64_t begin, uint64_t end) {
-    for (uint64_t p = begin; p < end; p += kScanRows) {
-      auto rows = static_cast<int64_t>(std::min<uint64_t>(kScanRows, end - p));
-      if (kind_ == Kind::kFlat) {
-        DotRows(query, &vectors_[p * dimension_], rows, dimension_, scores);
-      } else {
-        DotRowsInt8(query, &codes_[p * dimension_], rows, dimension_, scores);
-        for (int64_t r = 0; r < rows; ++r) scores[r] *= scales_[p + r];
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        if (!top.Wants(scores[r])) continue;
-        uint32_t slot = kind_ == Kind::kIvfInt8 ? slot_at_[p + r] : static_cast<uint32_t>(p + r);
-        if (!IsDead(dead, slot)) top.Offer({slot, scores[r]});
+  for (uint64_t p = begin; p < end; p += kScanRows) {
+    auto rows = static_cast<int64_t>(std::min<uint64_t>(kScanRows, end - p));
+    if (kind_ == Kind::kFlat) {
+      DotRows(query, &vectors_[p * dimension_], rows, dimension_, scores);
+    } else {
+      DotRowsInt8(query, &codes_[p * dimension_], rows, dimension_, scores);
+      for (int64_t r = 0; r < rows; ++r) scores[r] *= scales_[p + r];
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!top->Wants(scores[r])) continue;
+      uint32_t slot = kind_ == Kind::kIvfInt8 ? slot_at_[p + r] : static_cast<uint32_t>(p + r);
+      if (!IsDead(dead, slot)) top->Offer({slot, scores[r]});
+    }
+  }
+}
+
+bool BaseIndex::ScanLists(const float* query, size_t k, const std::atomic<uint64_t>* dead,
+                          TopK* top) const {
+  // Past the calibrated lists go on until there is enough to choose k from.
+  const uint64_t enough = std::min<uint64_t>(keys_.size(), 4 * static_cast<uint64_t>(k));
+  uint64_t seen = 0;
+  std::vector<uint32_t> order = RankLists(query, nprobe_);
+  size_t read = 0;
+  auto read_list = [&] {
+    uint32_t l = order[read++];
+    Scan(query, list_begin_[l], list_begin_[l + 1], dead, top);
+    seen += list_begin_[l + 1] - list_begin_[l];
+  };
+  while (read < order.size()) read_list();
+  if (seen < enough) order = RankLists(query, lists());
+  while (seen < enough && read < order.size()) read_list();
+  return read == lists();
+}
+
+void BaseIndex::Search(std::span<Lookup> lookups, const std::atomic<uint64_t>* dead) const {
+  std::vector<TopK> tops;
+  tops.reserve(lookups.size());
+  for (Lookup& lookup : lookups) {
+    lookup.best.clear();
+    lookup.all = keys_.empty() || lookup.k > 0;
+    tops.emplace_back(std::min(lookup.k, keys_.size()));
+  }
+  if (kind_ == Kind::kIvfInt8) {
+    for (size_t i = 0; i < lookups.size(); ++i) {
+      if (lookups[i].k > 0)
+        lookups[i].all = ScanLists(lookups[i].query, lookups[i].k, dead, &tops[i]);
+    }
+  } else {
+    // Blocks that stay in the processor's cache while all lookups scan them.
+    const uint64_t vector_bytes = dimension_ * (kind_ == Kind::kFlat ? sizeof(float) : 1);
+    const uint64_t block = std::max<uint64_t>(16, kSharedScanBytes / vector_bytes);
+    for (uint64_t p = 0; p < keys_.size(); p += block) {
+      const uint64_t end = std::min<uint64_t>(keys_.size(), p + block);
+      for (size_t i = 0; i < lookups.size(); ++i) {
+        if (lookups[i].k > 0) Scan(lookups[i].query, p, end, dead, &tops[i]);
       }
     }
-  };
-  bool all = true;
-  if (kind_ == Kind::kIvfInt8) {
-    // Past the calibrated lists go on until there is enough to choose k from.
-    const uint64_t enough = std::min<uint64_t>(keys_.size(), 4 * static_cast<uint64_t>(k));
-    uint64_t seen = 0;
-    std::vector<uint32_t> order = RankLists(query, nprobe_);
-    size_t read = 0;
-    auto read_list = [&] {
-      uint32_t l = order[read++];
-      scan(list_begin_[l], list_begin_[l + 1]);
-      seen += list_begin_[l + 1] - list_begin_[l];
-    };
-    while (read < order.size()) read_list();
-    if (seen < enough) order = RankLists(query, lists());
-    while (seen < enough && read < order.size()) read_list();
-    all = read == lists();
-  } else {
-    scan(0, keys_.size());
   }
-  bool cut = top.Finish(out);
-  return all && !cut;
+  for (size_t i = 0; i < lookups.size(); ++i) {
+    if (lookups[i].k > 0 && tops[i].Finish(&lookups[i].best)) lookups[i].all = false;
+  }
+}
+
+bool BaseIndex::Search(const float* query, size_t k, const std::atomic<uint64_t>* dead,
+                       std::vector<ScoredSlot>* out) const {
+  Lookup lookup = {query, k, {}, false};
+  Search({&lookup, 1}, dead);
+  *out = std::move(lookup.best);
+  return lookup.all;
 }
 
 std::string BaseIndex::Serialize() const {

@@ -79,9 +79,20 @@ class BaseIndex {
   std::string description() const;
   uint64_t memory_bytes() const;
 
-  // The best `k` slots that are not `dead` (a bitmap over slots) by falling score, ties by rising
-  // slot, which is rising record id. Answers true when it saw every live slot, so that a larger k
-  // gives nothing more than what was cut off here.
+  // A search, and what it found.
+  struct Lookup {
+    const float* query = nullptr;  // `dimension` numbers
+    size_t k = 0;
+    // The best `k` slots that are not dead by falling score, ties by rising slot, which is rising
+    // record id.
+    std::vector<ScoredSlot> best;
+    // It saw every live slot, so that a larger k gives nothing more than what was cut off here.
+    bool all = false;
+  };
+  // `dead`: a bitmap over slots. Without lists the vectors are read once for all lookups: a scan
+  // waits for memory more than for the processor.
+  void Search(std::span<Lookup> lookups, const std::atomic<uint64_t>* dead) const;
+  // One of them; answers its `all`.
   bool Search(const float* query, size_t k, const std::atomic<uint64_t>* dead,
               std::vector<ScoredSlot>* out) const;
 
@@ -95,6 +106,7 @@ class BaseIndex {
 
   // Codes while they are built, by slot.
   struct Building;
+  class TopK;
 
   BaseIndex() = default;
   absl::Status BuildFlat(const BuildInput& input);
@@ -104,6 +116,11 @@ class BaseIndex {
                       std::span<const uint32_t> slots, double from, double to, Building* building);
   void ChooseProbes(const Building& building, double target);
   void Store(Building* building);
+  // Offers the live slots at the storage positions [begin, end).
+  void Scan(const float* query, uint64_t begin, uint64_t end, const std::atomic<uint64_t>* dead,
+            TopK* top) const;
+  // Reads lists, of kIvfInt8. Answers whether it read all.
+  bool ScanLists(const float* query, size_t k, const std::atomic<uint64_t>* dead, TopK* top) const;
   // The lists by falling inner product of their centroid with `query`; the first `n` in order.
   std::vector<uint32_t> RankLists(const float* query, size_t n) const;
   uint32_t lists() const { return static_cast<uint32_t>(list_begin_.size()) - 1; }

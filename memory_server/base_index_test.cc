@@ -136,6 +136,31 @@ TEST(BaseIndexTest, FlatIsExactWithTiesByKey) {
   EXPECT_EQ(got.size(), 500);
 }
 
+TEST(BaseIndexTest, LookupsTogetherFindWhatEachFindsAlone) {
+  const Corpus corpus(3000);
+  for (uint64_t flat_max : {10000, 100}) {
+    auto index = *BaseIndex::Build(corpus.Input(flat_max));
+    std::vector<std::atomic<uint64_t>> dead(3000 / 64 + 1);
+    for (uint32_t s = 0; s < 3000; s += 3) dead[s / 64] |= uint64_t{1} << (s % 64);
+    std::vector<BaseIndex::Lookup> together;
+    for (size_t q = 0; q < 9; ++q)
+      together.push_back({corpus.vectors[37 * q].data(), q == 4 ? 3000 : 10 * q, {}, false});
+    index->Search(together, dead.data());
+    for (const BaseIndex::Lookup& lookup : together) {
+      std::vector<ScoredSlot> alone;
+      EXPECT_EQ(lookup.all, index->Search(lookup.query, lookup.k, dead.data(), &alone));
+      ASSERT_EQ(lookup.best.size(), alone.size());
+      for (size_t i = 0; i < alone.size(); ++i) {
+        EXPECT_EQ(lookup.best[i].slot, alone[i].slot);
+        EXPECT_EQ(lookup.best[i].score, alone[i].score);
+      }
+    }
+    EXPECT_TRUE(together[4].all);
+    EXPECT_EQ(together[4].best.size(), 2000);
+    EXPECT_TRUE(together[0].best.empty());  // k is 0
+  }
+}
+
 TEST(BaseIndexTest, DeadSlotsAreNeverAnswered) {
   const Corpus corpus(3000);
   for (uint64_t flat_max : {10000, 100}) {

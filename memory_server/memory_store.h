@@ -102,8 +102,8 @@ struct NewEntry {
   std::string_view record;
 };
 
-// Bytes of one record, checked (CheckRecord) when read. Copying shares; `owner` keeps `bytes` alive
-// and may be handed to the wire so that the bytes are not copied again.
+// Bytes of one record. Copying shares; `owner` keeps `bytes` alive and may be handed to the wire so
+// that the bytes are not copied again.
 struct RecordView {
   std::string_view bytes;
   std::shared_ptr<const void> owner;
@@ -176,7 +176,9 @@ struct Hit {
 class RecordReader {
  public:
   virtual ~RecordReader() = default;
-  // One answer per id, in order: NOT_FOUND for an unknown id, DATA_LOSS for a damaged record.
+  // One answer per id, in order: NOT_FOUND for an unknown id, DATA_LOSS for what is damaged on
+  // disk. The record's own checksum (CheckRecord) is left to whoever uses the bytes: it guards the
+  // way there too.
   virtual std::vector<absl::StatusOr<RecordView>> Read(std::span<const RecordId> ids) const = 0;
 };
 

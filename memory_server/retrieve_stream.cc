@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <list>
+#include <span>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -19,9 +20,13 @@ namespace memory3 {
 namespace {
 
 // Of records in a message, and read from the store at a time, unless a single one is longer. Well
-// below gRPC's default limit of 4 MiB, and short, so that reading, the wire and the client's checks
-// go on at once.
-constexpr uint64_t kMessageBytes = kMaxPieceBytes / 2;
+// below gRPC's default limit of 4 MiB. Shorter ones overlap reading, wire and the client's checks
+// more, but each costs some ten context switches; only the first is, so that the wire waits less.
+constexpr uint64_t kMessageBytes = kMaxPieceBytes;
+constexpr uint64_t kFirstMessageBytes = kMessageBytes / 2;
+// Streams, and queries of theirs, whose requests are searched in one pass over the index.
+constexpr size_t kMaxStreamsTogether = 16;
+constexpr size_t kMaxQueriesTogether = 64;
 // Versions a stream keeps readable.
 constexpr size_t kMaxPins = 64;
 
@@ -95,6 +100,76 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     Finish(ToGrpc(absl::UnavailableError("the server is shutting down")));
   }
 
+  // Reads the request. True: Search is to follow; false: the answer is an error, or the stream
+  // ends.
+  bool BeginAnswer() {
+    {
+      absl::MutexLock lock(&mutex_);
+      producing_ = true;
+      last_written_ = false;
+    }
+    answer_ = {};
+    answer_.begun = absl::Now();
+    v1::RetrieveRequest& request = answer_.request;
+    if (grpc::Status parsed =
+            grpc::GenericDeserialize<grpc::ProtoBufferReader, v1::RetrieveRequest>(&incoming_,
+                                                                                   &request);
+        !parsed.ok()) {
+      End(absl::InvalidArgumentError("the message is no RetrieveRequest"));
+      return false;
+    }
+    answer_.request_id = request.request_id();
+    if (!greeted_) answer_.head.set_held_limit(streams_->options_.held_limit);
+    greeted_ = true;
+    absl::Status ready = PrepareSearch();
+    if (ready.ok()) return true;
+    FailAnswer(std::move(ready));
+    Produce();
+    return false;
+  }
+
+  // Whether both ask for what one pass over an index can answer.
+  bool SharesSearchWith(const Stream& other) const {
+    const VersionPin &a = *answer_.pin, &b = *other.answer_.pin;
+    // A knowledge base's specification is one object, also where one of its name came after it.
+    return &a.spec() == &b.spec() && a.version() == b.version() &&
+           answer_.options.with_text == other.answer_.options.with_text;
+  }
+  size_t queries() const { return answer_.queries.size(); }
+
+  // Searches for all of them (which share a search) and hands their answers on.
+  static void Search(std::span<Stream* const> streams) {
+    RetrieveStreams& all = *streams[0]->streams_;
+    std::vector<Query> queries;
+    RetrieveOptions options = streams[0]->answer_.options;
+    for (const Stream* stream : streams) {
+      queries.insert(queries.end(), stream->answer_.queries.begin(), stream->answer_.queries.end());
+      options.deadline = std::min(options.deadline, stream->answer_.options.deadline);
+    }
+    absl::StatusOr<RetrieveResult> result =
+        all.store_->Retrieve(*streams[0]->answer_.pin, queries, options);
+    if (!result.ok() && streams.size() > 1) {  // whose fault it is shows each alone
+      for (Stream* const& stream : streams) Search({&stream, 1});
+      return;
+    }
+    if (absl::IsAborted(result.status())) {  // a snapshot was restored under the pin
+      result = streams[0]->SearchAgain();
+    }
+    auto hits = result.ok() ? result->queries.begin() : std::vector<std::vector<Hit>>::iterator();
+    for (Stream* stream : streams) {
+      if (result.ok()) {
+        stream->TakeHits({hits, stream->queries()}, result->records);
+        hits += static_cast<ptrdiff_t>(stream->queries());
+      } else {
+        stream->FailAnswer(result.status());
+      }
+    }
+    for (Stream* stream : streams.subspan(1)) {
+      all.executor_.Run([stream] { stream->Produce(); });
+    }
+    streams[0]->Produce();
+  }
+
  private:
   void OnReadDone(bool ok) override {
     {
@@ -109,7 +184,7 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     if (!ok) {
       Finish(grpc::Status::OK);
     } else {
-      streams_->executor_.Run([this] { BeginAnswer(); });
+      streams_->SearchSoon(this);
     }
   }
 
@@ -143,9 +218,13 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     delete this;
   }
 
-  // What remains to be sent of the answer under way.
+  // The answer under way: what is to be searched, then what remains to be sent.
   struct Answer {
     uint64_t request_id = 0;
+    v1::RetrieveRequest request;
+    std::shared_ptr<const VersionPin> pin;
+    std::vector<Query> queries;  // point into the request
+    RetrieveOptions options;
     v1::RetrieveResponse head;  // of the next message, without its number
     std::shared_ptr<const RecordReader> records;
     std::vector<std::pair<RecordId, uint64_t>> to_read;  // id, bytes; in order
@@ -154,31 +233,8 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     size_t next_ready = 0;
     absl::Status status;
     absl::Time begun;
-    uint64_t queries = 0, hits = 0, held_hits = 0, bytes = 0;
+    uint64_t hits = 0, held_hits = 0, bytes = 0;
   };
-
-  void BeginAnswer() {
-    {
-      absl::MutexLock lock(&mutex_);
-      producing_ = true;
-      last_written_ = false;
-    }
-    answer_ = {};
-    answer_.begun = absl::Now();
-    v1::RetrieveRequest request;
-    if (grpc::Status parsed =
-            grpc::GenericDeserialize<grpc::ProtoBufferReader, v1::RetrieveRequest>(&incoming_,
-                                                                                   &request);
-        !parsed.ok()) {
-      End(absl::InvalidArgumentError("the message is no RetrieveRequest"));
-      return;
-    }
-    answer_.request_id = request.request_id();
-    if (!greeted_) answer_.head.set_held_limit(streams_->options_.held_limit);
-    greeted_ = true;
-    if (absl::Status status = Search(request); !status.ok()) FailAnswer(std::move(status));
-    Produce();
-  }
 
   // The rest of the answer is an error; the stream goes on.
   void FailAnswer(absl::Status status) {
@@ -193,7 +249,8 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     answer_.status = std::move(status);
   }
 
-  absl::Status Search(const v1::RetrieveRequest& request) {
+  absl::Status PrepareSearch() {
+    const v1::RetrieveRequest& request = answer_.request;
     const absl::StatusOr<std::vector<RecordId>> evicted =
         RecordIdsFromProto(request.evicted(), "evicted");
     if (!evicted.ok()) return evicted.status();
@@ -201,14 +258,18 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     if (!held.ok()) return held.status();
     for (const RecordId& id : *evicted) held_.Erase(id);
     for (const RecordId& id : *held) held_.Insert(id);
+    answer_.request.clear_evicted();
+    answer_.request.clear_held();
 
     absl::StatusOr<std::shared_ptr<const VersionPin>> pin =
         pins_.Get(streams_->store_, identity_, request);
     if (!pin.ok()) return pin.status();
-    RetrieveOptions options;
-    options.with_text = request.with_text();
-    if (request.has_timeout()) options.deadline = answer_.begun + FromProto(request.timeout());
-    std::vector<Query> queries(request.queries_size());
+    answer_.pin = *std::move(pin);
+    answer_.options.with_text = request.with_text();
+    if (request.has_timeout())
+      answer_.options.deadline = answer_.begun + FromProto(request.timeout());
+    std::vector<Query>& queries = answer_.queries;
+    queries.resize(request.queries_size());
     for (int i = 0; i < request.queries_size(); ++i) {
       const v1::RetrieveRequest::Query& query = request.queries(i);
       queries[i].embedding = {query.embedding().data(),
@@ -217,24 +278,29 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
       if (query.has_min_score()) queries[i].min_score = query.min_score();
       queries[i].filter = FromProto(query.filter());
     }
-    absl::StatusOr<RetrieveResult> result = streams_->store_->Retrieve(**pin, queries, options);
-    if (absl::IsAborted(result.status())) {  // a snapshot was restored under the pin
-      pins_.Forget(*pin);
-      pin = pins_.Get(streams_->store_, identity_, request);
-      if (!pin.ok()) return pin.status();
-      result = streams_->store_->Retrieve(**pin, queries, options);
-    }
-    if (!result.ok()) return result.status();
+    return absl::OkStatus();
+  }
 
+  // With the version pinned anew.
+  absl::StatusOr<RetrieveResult> SearchAgain() {
+    pins_.Forget(answer_.pin);
+    absl::StatusOr<std::shared_ptr<const VersionPin>> pin =
+        pins_.Get(streams_->store_, identity_, answer_.request);
+    if (!pin.ok()) return pin.status();
+    answer_.pin = *std::move(pin);
+    return streams_->store_->Retrieve(*answer_.pin, answer_.queries, answer_.options);
+  }
+
+  void TakeHits(std::span<std::vector<Hit>> queries,
+                const std::shared_ptr<const RecordReader>& records) {
+    const v1::RetrieveRequest& request = answer_.request;
     const bool with_records = !request.has_with_records() || request.with_records();
-    answer_.head.set_version((*pin)->version());
-    answer_.queries = queries.size();
-    for (std::vector<Hit>& hits : result->queries) {
+    answer_.head.set_version(answer_.pin->version());
+    for (std::vector<Hit>& hits : queries) {
       v1::RetrieveResponse::QueryHits& out = *answer_.head.add_queries();
       for (Hit& hit : hits) AddHit(hit, with_records, *out.add_hits());
     }
-    answer_.records = std::move(result->records);
-    return absl::OkStatus();
+    answer_.records = records;
   }
 
   void AddHit(Hit& hit, bool with_records, v1::RetrieveResponse::Hit& out) {
@@ -290,6 +356,8 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     StartWrite(&outgoing_);
   }
 
+  uint64_t MessageBytes() const { return answer_.bytes == 0 ? kFirstMessageBytes : kMessageBytes; }
+
   // Pieces as long as they fit, and the head before them.
   Message NextMessage() {
     std::vector<WirePiece> pieces;
@@ -297,7 +365,7 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     for (;;) {
       if (answer_.next_ready == answer_.ready.size() && (!pieces.empty() || !ReadMore())) break;
       WirePiece& piece = answer_.ready[answer_.next_ready];
-      if (!pieces.empty() && bytes + piece.data.size() > kMessageBytes) break;
+      if (!pieces.empty() && bytes + piece.data.size() > MessageBytes()) break;
       bytes += piece.data.size();
       pieces.push_back(std::move(piece));
       ++answer_.next_ready;
@@ -324,7 +392,7 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     for (uint64_t bytes = 0; answer_.next_to_read < answer_.to_read.size();
          ++answer_.next_to_read) {
       const auto& [id, size] = answer_.to_read[answer_.next_to_read];
-      if (!ids.empty() && bytes + size > kMessageBytes) break;
+      if (!ids.empty() && bytes + size > MessageBytes()) break;
       ids.push_back(id);
       bytes += size;
     }
@@ -349,7 +417,7 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
   void EndAnswer() {
     outgoing_.Clear();
     streams_->metrics_->CountRequest("Retrieve", answer_.status, absl::Now() - answer_.begun);
-    streams_->metrics_->CountRetrieve(answer_.queries, answer_.hits, answer_.held_hits,
+    streams_->metrics_->CountRetrieve(answer_.queries.size(), answer_.hits, answer_.held_hits,
                                       answer_.bytes);
     answer_ = {};
     bool finish = false;
@@ -412,7 +480,8 @@ RetrieveStreams::RetrieveStreams(MemoryStore* store, MemoryServerMetrics* metric
     : store_(store),
       metrics_(metrics),
       options_(options),
-      executor_(Threads(options.search_threads)) {}
+      threads_(Threads(options.search_threads)),
+      executor_(static_cast<int>(threads_)) {}
 
 RetrieveStreams::~RetrieveStreams() = default;
 
@@ -432,6 +501,39 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* RetrieveStreams::Op
   }
   stream->Start();
   return stream;
+}
+
+void RetrieveStreams::SearchSoon(Stream* stream) {
+  {
+    absl::MutexLock lock(&asked_mutex_);
+    asked_.push_back(stream);
+  }
+  executor_.Run([this] { SearchSome(); });
+}
+
+void RetrieveStreams::SearchSome() {
+  std::vector<Stream*> begun;
+  {
+    absl::MutexLock lock(&asked_mutex_);
+    // A fair share: the other threads take the rest. Nothing: others took it.
+    const size_t share = std::min(kMaxStreamsTogether, (asked_.size() + threads_ - 1) / threads_);
+    begun.assign(asked_.begin(), asked_.begin() + static_cast<ptrdiff_t>(share));
+    asked_.erase(asked_.begin(), asked_.begin() + static_cast<ptrdiff_t>(share));
+  }
+  std::erase_if(begun, [](Stream* stream) { return !stream->BeginAnswer(); });
+  while (!begun.empty()) {
+    std::vector<Stream*> together = {begun[0]};
+    size_t queries = begun[0]->queries();
+    std::vector<Stream*> others;
+    for (Stream* stream : std::span(begun).subspan(1)) {
+      const bool shares =
+          stream->SharesSearchWith(*begun[0]) && queries + stream->queries() <= kMaxQueriesTogether;
+      if (shares) queries += stream->queries();
+      (shares ? together : others).push_back(stream);
+    }
+    Stream::Search(together);
+    begun = std::move(others);
+  }
 }
 
 void RetrieveStreams::Drain(absl::Time deadline) {

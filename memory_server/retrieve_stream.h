@@ -8,6 +8,7 @@
 #include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/server_callback.h>
 
+#include <deque>
 #include <memory>
 #include <optional>
 
@@ -44,12 +45,20 @@ class RetrieveStreams {
  private:
   class Stream;
 
+  // The stream has a request to be answered. Requests that wait at the same time and ask the same
+  // version share a pass over its index.
+  void SearchSoon(Stream* stream);
+  void SearchSome();
+
   MemoryStore* const store_;
   MemoryServerMetrics* const metrics_;
   const RetrieveOptionsOfServer options_;
   absl::Mutex mutex_;
   absl::flat_hash_set<Stream*> open_ ABSL_GUARDED_BY(mutex_);
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Mutex asked_mutex_;
+  std::deque<Stream*> asked_ ABSL_GUARDED_BY(asked_mutex_);
+  const size_t threads_;
   Executor executor_;  // last: its threads end before the rest goes
 };
 

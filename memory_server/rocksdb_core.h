@@ -261,13 +261,21 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
   absl::StatusOr<DocumentPage> PageOf(const KnowledgeBase& kb, const Stack& stack,
                                       const rocksdb::Snapshot* snapshot, uint32_t page_size,
                                       std::string_view page_token) const;
+  // Those of queries [first, last), in order, appended to `hits`. ABORTED: look again.
+  absl::Status RetrieveSome(const ReadView& view, std::span<const Query> queries,
+                            std::span<const std::vector<float>> vectors, size_t first, size_t last,
+                            const RetrieveOptions& options,
+                            std::vector<std::vector<Hit>>* hits) const;
+  // `lookup`: of the whole index by FirstLookup, searched already; null: not yet.
   absl::StatusOr<std::vector<Hit>> RetrieveOne(const ReadView& view, const Query& query,
-                                               const float* vector, bool with_text) const;
+                                               VersionIndex::Lookup* lookup, const float* vector,
+                                               bool with_text) const;
   absl::StatusOr<bool> TakeHits(const ReadView& view, const Query& query,
                                 const std::vector<VersionIndex::Candidate>& candidates,
                                 bool with_text, std::vector<Hit>* hits) const;
-  absl::StatusOr<bool> TrySearch(const ReadView& view, const Query& query, const float* vector,
-                                 size_t limit, bool with_text, std::vector<Hit>* hits) const;
+  absl::StatusOr<bool> TakeFound(const ReadView& view, const Query& query,
+                                 VersionIndex::Lookup* lookup, bool with_text,
+                                 std::vector<Hit>* hits) const;
   absl::StatusOr<std::optional<std::vector<SlotKey>>> FilteredSlots(const ReadView& view,
                                                                     const Filter& filter,
                                                                     size_t limit) const;

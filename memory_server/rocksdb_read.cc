@@ -18,6 +18,8 @@ constexpr uint32_t kDefaultPageSize = 100;
 constexpr size_t kSelective = 10000;
 constexpr size_t kMaxFilteredSearch = 16384;
 constexpr size_t kScoreBlock = 256;
+// Queries that share a pass over the index.
+constexpr size_t kTogether = 16;
 // A search that met an entry younger than its view of the database looks again.
 constexpr int kRetries = 3;
 
@@ -41,6 +43,11 @@ Source ToSource(std::string_view suffix, EntryRow row) {
 
 bool HigherHit(const VersionIndex::Candidate& a, const VersionIndex::Candidate& b) {
   return a.score != b.score ? a.score > b.score : a.key < b.key;
+}
+
+// Enough over top_k that quantisation, records with two embeddings and the like rarely need more.
+VersionIndex::Lookup FirstLookup(const Query& query, const float* vector) {
+  return {vector, 4 * size_t{query.top_k} + 64, {}, false};
 }
 
 }  // namespace
@@ -85,13 +92,7 @@ class RocksDbCore::ReaderImpl : public RecordReader {
       auto held = std::make_shared<Held>();
       held->snapshot = snapshot_;
       held->bytes = std::move(values[i]);
-      RecordView view{ToView(held->bytes), held};
-      if (absl::StatusOr<RecordHeader> header = CheckRecord(view.bytes); !header.ok()) {
-        out.emplace_back(absl::DataLossError(
-            Message("stored record ", ids[i].ToHex(), ": ", header.status().message())));
-        continue;
-      }
-      out.emplace_back(std::move(view));
+      out.emplace_back(RecordView{ToView(held->bytes), held});
     }
     return out;
   }
@@ -178,6 +179,10 @@ absl::StatusOr<StoredRecord> RocksDbCore::GetRecord(std::string_view tenant, std
   ReaderImpl reader(view.kb->tenant_prefix, view.snapshot);
   absl::StatusOr<RecordView> record = std::move(reader.Read({&id, 1})[0]);
   if (!record.ok()) return record.status();
+  if (absl::StatusOr<RecordHeader> header = CheckRecord(record->bytes); !header.ok()) {
+    return absl::DataLossError(
+        Message("stored record ", id.ToHex(), ": ", header.status().message()));
+  }
   stored.record = *std::move(record);
   return stored;
 }
@@ -274,28 +279,46 @@ absl::StatusOr<RetrieveResult> RocksDbCore::Retrieve(const VersionPin& pin,
     if (!view.ok()) return view.status();
     view->look_again = attempt < kRetries;
     result.queries.clear();
-    bool again = false;
-    for (size_t i = 0; i < queries.size() && !again; ++i) {
-      if (absl::Now() >= options.deadline) {
-        return absl::DeadlineExceededError(
-            Message("after ", i, " of ", queries.size(), " queries"));
-      }
-      absl::StatusOr<std::vector<Hit>> hits =
-          RetrieveOne(*view, queries[i], vectors[i].data(), options.with_text);
-      if (!hits.ok() && absl::IsAborted(hits.status())) {
-        again = true;
-        break;
-      }
-      if (!hits.ok()) return hits.status();
-      result.queries.push_back(*std::move(hits));
+    absl::Status status;
+    for (size_t first = 0; first < queries.size() && status.ok(); first += kTogether) {
+      status = RetrieveSome(*view, queries, vectors, first,
+                            std::min(queries.size(), first + kTogether), options, &result.queries);
     }
-    if (again) continue;
+    if (absl::IsAborted(status)) continue;
+    if (!status.ok()) return status;
     result.records = std::make_shared<ReaderImpl>(view->kb->tenant_prefix, view->snapshot);
     return result;
   }
 }
 
+absl::Status RocksDbCore::RetrieveSome(const ReadView& view, std::span<const Query> queries,
+                                       std::span<const std::vector<float>> vectors, size_t first,
+                                       size_t last, const RetrieveOptions& options,
+                                       std::vector<std::vector<Hit>>* hits) const {
+  const auto check_time = [&](size_t done) {
+    if (absl::Now() < options.deadline) return absl::OkStatus();
+    return absl::DeadlineExceededError(Message("after ", done, " of ", queries.size(), " queries"));
+  };
+  if (absl::Status s = check_time(first); !s.ok()) return s;
+  std::vector<VersionIndex::Lookup> lookups;  // of those that search the whole index
+  for (size_t i = first; i < last; ++i) {
+    if (queries[i].filter.empty()) lookups.push_back(FirstLookup(queries[i], vectors[i].data()));
+  }
+  view.index->Search(lookups);
+  size_t searched = 0;
+  for (size_t i = first; i < last; ++i) {
+    if (absl::Status s = check_time(i); !s.ok()) return s;
+    VersionIndex::Lookup* lookup = queries[i].filter.empty() ? &lookups[searched++] : nullptr;
+    absl::StatusOr<std::vector<Hit>> found =
+        RetrieveOne(view, queries[i], lookup, vectors[i].data(), options.with_text);
+    if (!found.ok()) return found.status();
+    hits->push_back(*std::move(found));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::vector<Hit>> RocksDbCore::RetrieveOne(const ReadView& view, const Query& query,
+                                                          VersionIndex::Lookup* lookup,
                                                           const float* vector,
                                                           bool with_text) const {
   const uint32_t n = view.kb->spec.embedding_dimension;
@@ -309,13 +332,17 @@ absl::StatusOr<std::vector<Hit>> RocksDbCore::RetrieveOne(const ReadView& view, 
     if (!few.ok()) return few.status();
     if (*few) return BestOf(view, query, vector, *std::move(*few), with_text);
   }
+  VersionIndex::Lookup own = FirstLookup(query, vector);
+  if (lookup == nullptr) view.index->Search({&own, 1});
+  if (lookup != nullptr) own = std::move(*lookup);
   std::vector<Hit> hits;
-  // Enough over top_k that quantisation, records with two embeddings and the like rarely need more.
-  for (size_t limit = 4 * size_t{query.top_k} + 64;; limit *= 4) {
-    absl::StatusOr<bool> done = TrySearch(view, query, vector, limit, with_text, &hits);
+  for (;;) {
+    absl::StatusOr<bool> done = TakeFound(view, query, &own, with_text, &hits);
     if (!done.ok()) return done.status();
     if (*done) return hits;
-    if (!query.filter.empty() && limit > kMaxFilteredSearch) break;
+    if (!query.filter.empty() && own.k > kMaxFilteredSearch) break;
+    own.k *= 4;
+    view.index->Search({&own, 1});
   }
   absl::StatusOr<std::optional<std::vector<SlotKey>>> all =
       FilteredSlots(view, query.filter, SIZE_MAX);
@@ -404,20 +431,20 @@ absl::StatusOr<bool> RocksDbCore::TakeHits(const ReadView& view, const Query& qu
   return false;
 }
 
-absl::StatusOr<bool> RocksDbCore::TrySearch(const ReadView& view, const Query& query,
-                                            const float* vector, size_t limit, bool with_text,
+// Answers whether a larger k would find nothing more that is wanted.
+absl::StatusOr<bool> RocksDbCore::TakeFound(const ReadView& view, const Query& query,
+                                            VersionIndex::Lookup* lookup, bool with_text,
                                             std::vector<Hit>* hits) const {
-  std::vector<VersionIndex::Candidate> candidates;
-  const bool all = view.index->Search(vector, limit, &candidates);
+  std::vector<VersionIndex::Candidate> candidates = std::move(lookup->found);
   const size_t found = candidates.size();
-  if (absl::Status s = ScoreStored(view, vector, &candidates); !s.ok()) return s;
+  if (absl::Status s = ScoreStored(view, lookup->query, &candidates); !s.ok()) return s;
   if (candidates.size() < found && view.look_again) {
     return absl::AbortedError("the index is ahead of the view");
   }
   std::sort(candidates.begin(), candidates.end(), HigherHit);
   absl::StatusOr<bool> enough = TakeHits(view, query, candidates, with_text, hits);
   if (!enough.ok()) return enough.status();
-  return all || *enough;
+  return lookup->all || *enough;
 }
 
 // The slots of the entries that match. nullopt: more than `limit` would have to be looked at.

@@ -2,6 +2,7 @@
 // all of it.
 #include "memory_server/server.h"
 
+#include <gmock/gmock.h>
 #include <grpcpp/client_context.h>
 #include <grpcpp/create_channel.h>
 #include <gtest/gtest.h>
@@ -148,9 +149,64 @@ TEST_F(ServerTest, ManyClientsAtOnceSeeWholeAnswersOnly) {
   server_->Shutdown(absl::Seconds(20));
 }
 
+// Requests that wait at the same time share a search; each is answered as if it were alone, and a
+// bad one among them fails alone.
+TEST_F(ServerTest, RequestsThatShareASearchAreAnsweredAsAlone) {
+  constexpr uint64_t kClients = 12, kRounds = 15;
+  const auto client = Connect();
+  for (const char* name : {"a", "b"}) {
+    ASSERT_TRUE(store_->CreateKnowledgeBase("default", store_testing::SmallSpec(name), false).ok());
+    const auto writer = client->Put(name);
+    for (uint64_t n = name[0] == 'a' ? 0 : 300; n < 600; ++n)
+      ASSERT_TRUE(writer->Write(EntryOf(n), store_testing::MakeRecord(n)).ok());
+    ASSERT_TRUE(writer->Finish().ok());
+  }
+  const auto request_of = [](uint64_t c, uint64_t round) {
+    v1::RetrieveRequest request;
+    request.set_knowledge_base(c % 4 == 3 ? "b" : "a");
+    request.set_with_text(c % 6 == 5);
+    for (uint64_t q = 0; q <= c % 3; ++q) {
+      const std::vector<float> vector = store_testing::MakeVector(100 * c + 10 * round + q);
+      v1::RetrieveRequest::Query& query = *request.add_queries();
+      query.mutable_embedding()->Add(vector.begin(), vector.end());
+      query.set_top_k(static_cast<uint32_t>(1 + c));
+      if (c == 4) query.set_min_score(0.5);
+      if (c == 6) (*query.mutable_filter()->mutable_metadata())["parity"] = "odd";
+    }
+    if (c == 7) request.mutable_queries(0)->add_embedding(0);  // one number too many
+    if (c == 8) request.mutable_queries(1)->set_top_k(0);
+    return request;
+  };
+  const auto hits_of = [](const absl::StatusOr<RetrieveAnswer>& answer) {
+    return answer.ok()
+               ? answer->hits.queries(0).ShortDebugString() + "\n" +
+                     std::to_string(answer->hits.queries_size()) + "\n" +
+                     answer->hits.queries(answer->hits.queries_size() - 1).ShortDebugString()
+               : answer.status().ToString();
+  };
+  std::vector<std::vector<std::string>> alone(kClients);
+  for (uint64_t c = 0; c < kClients; ++c) {
+    const auto stream = client->OpenRetrieve();
+    for (uint64_t round = 0; round < kRounds; ++round)
+      alone[c].push_back(hits_of(stream->Retrieve(request_of(c, round))));
+  }
+  EXPECT_THAT(alone[7][0], testing::HasSubstr("queries[0]"));
+  EXPECT_THAT(alone[8][0], testing::HasSubstr("queries[1]"));
+  std::vector<std::thread> threads;
+  for (uint64_t c = 0; c < kClients; ++c) {
+    threads.emplace_back([&, c] {
+      const auto stream = client->OpenRetrieve();
+      for (uint64_t round = 0; round < kRounds; ++round)
+        EXPECT_EQ(hits_of(stream->Retrieve(request_of(c, round))), alone[c][round]);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  server_->Shutdown(absl::Seconds(20));
+}
+
 TEST_F(ServerTest, StreamsMayEndInTheMiddleOfAnAnswer) {
   constexpr int kThreads = 4, kRecords = 24;
-  constexpr int kLayers = 16, kHeadDim = 2048;  // 256 KiB a record: a message each
+  constexpr int kLayers = 16, kHeadDim = 4096;  // 512 KiB a record: a message each
   KnowledgeBaseSpec spec = store_testing::SmallSpec("large");
   spec.geometry = {{}, 1, kHeadDim, 1, 128};
   for (uint32_t layer = 0; layer < kLayers; ++layer) spec.geometry.memory_layers.push_back(layer);

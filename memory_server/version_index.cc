@@ -34,37 +34,45 @@ std::shared_ptr<VersionIndex::State> VersionIndex::state() const {
   return state_;
 }
 
-bool VersionIndex::Search(const float* query, size_t k, std::vector<Candidate>* out) const {
-  out->clear();
+void VersionIndex::Search(std::span<Lookup> lookups) const {
   std::shared_ptr<State> s = state();
   const int n = s->base->dimension();
-  std::vector<ScoredSlot> best;
-  bool all = s->base->Search(query, k, s->dead.get(), &best);
-  for (const ScoredSlot& b : best) {
-    out->push_back({s->base->key(b.slot), b.score, s->base->exact()});
+  std::vector<BaseIndex::Lookup> in_base;
+  in_base.reserve(lookups.size());
+  for (const Lookup& lookup : lookups) in_base.push_back({lookup.query, lookup.k, {}, false});
+  s->base->Search(in_base, s->dead.get());
+  for (size_t i = 0; i < lookups.size(); ++i) {
+    lookups[i].found.clear();
+    lookups[i].all = in_base[i].all;
+    for (const ScoredSlot& b : in_base[i].best) {
+      lookups[i].found.push_back({s->base->key(b.slot), b.score, s->base->exact()});
+    }
   }
-  const size_t from_base = out->size();
   const uint32_t size = s->tail.size.load(std::memory_order_acquire);
   for (uint32_t begin = 0; begin < size; begin += kChunk) {
     TailChunk* chunk = s->tail.chunks[begin / kChunk].load(std::memory_order_acquire);
     float scores[kChunk];
     uint32_t rows = std::min(kChunk, size - begin);
-    DotRows(query, chunk->vectors.get(), rows, n, scores);
-    for (uint32_t r = 0; r < rows; ++r) {
-      if (chunk->slots[r].live.load(std::memory_order_relaxed)) {
-        out->push_back({chunk->slots[r].key, scores[r], true});
+    for (Lookup& lookup : lookups) {
+      DotRows(lookup.query, chunk->vectors.get(), rows, n, scores);
+      for (uint32_t r = 0; r < rows; ++r) {
+        if (chunk->slots[r].live.load(std::memory_order_relaxed)) {
+          lookup.found.push_back({chunk->slots[r].key, scores[r], true});
+        }
       }
     }
   }
-  if (out->size() - from_base > k) {
-    all = false;
-    std::nth_element(out->begin() + from_base, out->begin() + from_base + k - 1, out->end(),
+  for (size_t i = 0; i < lookups.size(); ++i) {
+    std::vector<Candidate>& found = lookups[i].found;
+    const size_t from_base = in_base[i].best.size(), k = lookups[i].k;
+    if (found.size() - from_base <= k) continue;
+    lookups[i].all = false;
+    std::nth_element(found.begin() + from_base, found.begin() + from_base + k - 1, found.end(),
                      [](const Candidate& a, const Candidate& b) {
                        return a.score != b.score ? a.score > b.score : a.key < b.key;
                      });
-    out->resize(from_base + k);
+    found.resize(from_base + k);
   }
-  return all;
 }
 
 uint64_t VersionIndex::memory_bytes() const {

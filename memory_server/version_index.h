@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -36,9 +37,17 @@ class VersionIndex {
   VersionIndex& operator=(const VersionIndex&) = delete;
 
   // --- any thread ---
-  // The best `k` live slots of the base and the best `k` of the tail, in no order. True: every live
-  // slot was among what it chose from and none was cut.
-  bool Search(const float* query, size_t k, std::vector<Candidate>* out) const;
+  // A search, and what it found.
+  struct Lookup {
+    const float* query = nullptr;
+    size_t k = 0;
+    // The best `k` live slots of the base and the best `k` of the tail, in no order.
+    std::vector<Candidate> found;
+    // Every live slot was among what it chose from and none was cut.
+    bool all = false;
+  };
+  // Of one moment, in one pass over the vectors (BaseIndex::Search).
+  void Search(std::span<Lookup> lookups) const;
   uint64_t records() const { return records_.load(std::memory_order_relaxed); }  // distinct, live
   uint64_t memory_bytes() const;
   std::string description() const;
