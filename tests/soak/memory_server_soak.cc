@@ -1,6 +1,6 @@
 // Minutes of mixed load on the memory_server binary over gRPC: puts, deletes, loads of both modes,
-// rollbacks, retrievals, snapshots and bad requests, all at once, on data whose size stays the
-// same.
+// rollbacks, retrievals, snapshots, their restoring and bad requests, all at once, on data whose
+// size stays the same.
 //   memory_server_soak [--seconds 600] [--json FILE]
 // Fails on any error but those provoked, on a wrong answer, and where the server's memory grows.
 // The rule: of its resident size, one sample a second, the median of the last quarter is at most 10
@@ -23,6 +23,7 @@
 #include <optional>
 #include <random>
 #include <set>
+#include <shared_mutex>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -157,6 +158,7 @@ class Soak {
     std::mt19937_64 random(seed);
     const std::unique_ptr<MemoryClient> client = Connect();
     while (Going()) {
+      const std::shared_lock changing = Changing();
       const auto writer = client->Put("live", random() % 4 != 0);
       for (int i = 0; i < 8; ++i) {
         const uint64_t n = random() % kNumbers;
@@ -184,6 +186,7 @@ class Soak {
     std::mt19937_64 random(9);
     const std::unique_ptr<MemoryClient> client = Connect();
     for (uint64_t l = 0; Going(); ++l) {
+      const std::shared_lock changing = Changing();
       v1::BeginLoadRequest begin;
       begin.set_knowledge_base("loaded");
       begin.set_idempotency_key(absl::StrCat("load ", l));
@@ -269,14 +272,33 @@ class Soak {
     }
   }
 
+  // Held over changes that a restore in their midst would make fail. Retrievals hold nothing: they
+  // go on throughout.
+  std::shared_lock<std::shared_mutex> Changing() {
+    { const std::lock_guard next(turnstile_); }  // lets the one who restores in
+    return std::shared_lock(restoring_);
+  }
+
   void Snapshots() {
     const std::unique_ptr<MemoryClient> client = Connect();
     for (uint64_t s = 0; Going(); ++s) {
       v1::CreateSnapshotRequest create;
       create.set_name(absl::StrCat("soak-", s));
-      Expect("create snapshot", client->Call(&Stub::CreateSnapshot, create).status());
+      {
+        const std::lock_guard next(turnstile_);
+        const std::unique_lock alone(restoring_);  // no load is open in it
+        Expect("create snapshot", client->Call(&Stub::CreateSnapshot, create).status());
+      }
       Expect("list snapshots",
              client->Call(&Stub::ListSnapshots, v1::ListSnapshotsRequest()).status());
+      if (s % 4 == 3) {
+        absl::SleepFor(absl::Seconds(1));  // for changes to be taken back
+        const std::lock_guard next(turnstile_);
+        const std::unique_lock alone(restoring_);
+        v1::RestoreSnapshotRequest restore;
+        restore.set_name(create.name());
+        Expect("restore snapshot", client->Call(&Stub::RestoreSnapshot, restore).status());
+      }
       v1::DeleteSnapshotRequest remove;
       remove.set_name(create.name());
       Expect("delete snapshot", client->Call(&Stub::DeleteSnapshot, remove).status());
@@ -307,6 +329,8 @@ class Soak {
 
   const std::string target_;
   const absl::Time until_;
+  std::mutex turnstile_;
+  std::shared_mutex restoring_;
   std::vector<std::string> records_;
   std::mutex mutex_;
   std::map<std::string, uint64_t> done_;
