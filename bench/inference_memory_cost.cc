@@ -45,6 +45,7 @@ class DistinctBase final : public MemoryBase {
 
   void Retrieve(SourceRequest request, SourceCallback done) override {
     auto answer = std::make_shared<SourceAnswer>();
+    request.part = nullptr;  // only whole answers are told: hits are replaced
     inner_->Retrieve(std::move(request),
                      [this, answer, done = std::move(done)](absl::StatusOr<SourceAnswer> got) {
                        if (!got.ok()) {
@@ -168,6 +169,8 @@ int Main(int argc, char** argv) {
   app.add_option("--batch", options.batch, "requests at a time");
   app.add_option("--slice_tokens", options.slice_tokens, "prompt tokens of one step");
   app.add_option("--reader_threads", options.reader_threads, "that embed and decode");
+  app.add_option("--also_embed", options.also_embed,
+                 "BERT directory that embeds every query too, as all-MiniLM-L6-v2");
   CLI11_PARSE(app, argc, argv);
   options.codec = Must(ParseCodecId(codec));
   const std::unique_ptr<InferenceWorld> world = InferenceWorld::Create(options);

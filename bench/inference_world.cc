@@ -55,6 +55,24 @@ DType ParseDType(const std::string& name) {
   std::exit(1);
 }
 
+// Answers as the first does, after the second has worked too.
+class BothEmbedders final : public Embedder {
+ public:
+  BothEmbedders(const Embedder* first, std::unique_ptr<Embedder> second)
+      : first_(first), second_(std::move(second)) {}
+  int dimension() const override { return first_->dimension(); }
+  const Hash256& fingerprint() const override { return first_->fingerprint(); }
+  absl::Status Embed(std::span<const std::string_view> texts, std::span<float> out) const override {
+    std::vector<float> unused(texts.size() * second_->dimension());
+    if (absl::Status status = second_->Embed(texts, unused); !status.ok()) return status;
+    return first_->Embed(texts, out);
+  }
+
+ private:
+  const Embedder* const first_;
+  const std::unique_ptr<Embedder> second_;
+};
+
 }  // namespace
 
 void InferenceWorld::MakeModel(const std::string& tokenizer_file) {
@@ -212,8 +230,13 @@ std::unique_ptr<InferenceWorld> InferenceWorld::Create(const InferenceWorldOptio
   remote.client.target = world->memory_target_;
   world->source_ = Must(RemoteMemorySource::Create(remote, identity));
   world->base_ = Must(world->source_->Open(kTenant, kBase, absl::InfiniteFuture()));
+  if (!options.also_embed.empty()) {
+    world->query_embedder_ = std::make_unique<BothEmbedders>(
+        world->embedder_.get(), Must(MakeEmbedder("bert:" + options.also_embed)));
+  }
   world->reader_ = std::make_unique<MemoryReader>(
-      world->embedder_.get(), Writer(),
+      world->query_embedder_ != nullptr ? world->query_embedder_.get() : world->embedder_.get(),
+      Writer(),
       MemoryShape{static_cast<int>(memory.memory_layers.size()), config.kv_heads,
                   memory.tokens_kept, config.head_dim},
       MemoryReaderOptions{options.host_cache_bytes, options.reader_threads});
@@ -248,7 +271,8 @@ std::string InferenceWorld::description() const {
   return absl::StrCat(device_->name(), "; TinyLlama-1.1B geometry, random ", options_.weights,
                       " weights, KV ", options_.kv_dtype, ", memories ", options_.memory_dtype,
                       "; ", options_.references, " Wikipedia references, ",
-                      std::string(CodecName(options_.codec)), " records, lexical");
+                      std::string(CodecName(options_.codec)), " records, lexical",
+                      options_.also_embed.empty() ? "" : " and, not used, a BERT-family embedder");
 }
 
 void TimingSink::Send(v1::GenerateResponse event) {

@@ -62,6 +62,9 @@ struct InferenceWorldOptions {
   int kv_pages = 0;  // default: of `batch` sequences of 17 pages, and 64
   int64_t host_cache_bytes = 0;
   int reader_threads = 1;
+  // A BERT directory that every query is embedded by as well, its vector not used: what a neural
+  // embedder costs, without a knowledge base of its own.
+  std::string also_embed;
 };
 
 class InferenceWorld {
@@ -94,6 +97,7 @@ class InferenceWorld {
   std::unique_ptr<Device> device_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<Embedder> embedder_;
+  std::unique_ptr<Embedder> query_embedder_;  // the reader's, where it is another
   std::vector<std::string> references_, others_;
   std::optional<ChildProcess> server_;
   std::unique_ptr<RemoteMemorySource> source_;

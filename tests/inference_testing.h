@@ -24,6 +24,7 @@
 #include "transformer/checkpoint.h"
 #include "transformer/decoder.h"
 #include "transformer/generate.h"
+#include "transformer/model.h"
 #include "transformer/tokenizer.h"
 
 namespace memory3 {
@@ -89,7 +90,8 @@ class Client {
   std::string api_key_;
 };
 
-// The binary, listening on a port of its own choice, with small caches.
+// The binary, listening on a port of its own choice, with small caches and weights in f32 unless
+// `flags` say otherwise.
 class InferenceProcess {
  public:
   // Waits until it is ready, or only until it listens.
@@ -111,10 +113,18 @@ class InferenceProcess {
   std::unique_ptr<Client> client_;
 };
 
+// all-MiniLM-L6-v2, where tools/setup or MEMORY3_MINILM has put it.
+std::optional<std::string> MiniLmDirectory();
+
+struct OfflineModelOptions {
+  WeightFormat weights = WeightFormat::kF32;
+  std::string embedder = "lexical";
+};
+
 // The same model in this process.
 class OfflineModel {
  public:
-  explicit OfflineModel(const std::string& directory);
+  explicit OfflineModel(const std::string& directory, const OfflineModelOptions& options = {});
 
   const Tokenizer& tokenizer() const { return *tokenizer_; }
   const Hash256& fingerprint() const { return fingerprint_; }
