@@ -49,6 +49,7 @@ std::unique_ptr<HttpListener> StartListener() {
 // Sends all and no more, and reads to the end.
 std::string Exchange(int port, std::string_view bytes) {
   const int fd = socket(AF_INET, SOCK_STREAM, 0);
+  if (fd < 0) std::abort();
   sockaddr_in address{};
   address.sin_family = AF_INET;
   address.sin_port = htons(static_cast<uint16_t>(port));
