@@ -170,7 +170,10 @@ class Engine {
   void TakeAnswer(Answer answer);
   // What can be fed now; waits of sequences that cannot are in `wake`.
   std::vector<Work> Schedule(absl::Time* wake);
-  bool Begin(Running& sequence);
+  bool Begin(Running& sequence, absl::Time now, absl::Time* wake);
+  // Whether a chunk whose memories are still to come may have been computed for another request:
+  // all before it, `shared` of them, have.
+  bool AwaitsShared(Running& sequence, int shared, absl::Time now, absl::Time* wake) const;
   bool PlanSlice(Running& sequence, absl::Time now, absl::Time* wake, Work* work);
   // Whether the retrieval's memories are here, chosen for good and in slots that can be read.
   bool MemoriesReady(Running& sequence, int retrieval, absl::Time now, absl::Time* wake);

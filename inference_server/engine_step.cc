@@ -32,8 +32,25 @@ std::vector<Engine::Work> Engine::Schedule(absl::Time* wake) {
   return batch;
 }
 
-bool Engine::Begin(Running& sequence) {
+bool Engine::AwaitsShared(Running& sequence, int shared, absl::Time now, absl::Time* wake) const {
+  const size_t known = sequence.prompt_keys.size();
+  if (!prompts_.enabled() || !sequence.reads_memories() || shared < static_cast<int>(known) ||
+      known >= static_cast<size_t>(sequence.prompt_tokens() / sequence.grid.chunk_tokens()) ||
+      known >= sequence.chunks.size())
+    return false;
+  const ChunkMemories& chunk = sequence.chunks[known];
+  const absl::Time limit = chunk.due + sequence.request.memory.deadline.value_or(options_.wait_cap);
+  if (chunk.fixed || chunk.answered || sequence.gave_up || now >= limit) return false;
+  *wake = std::min(*wake, limit);
+  if (sequence.waiting_since == absl::InfiniteFuture()) sequence.waiting_since = now;
+  return true;
+}
+
+bool Engine::Begin(Running& sequence, absl::Time now, absl::Time* wake) {
   std::vector<KvPage> shared = FindShared(sequence);
+  if (AwaitsShared(sequence, static_cast<int>(shared.size()) / prompts_.pages_per_chunk(), now,
+                   wake))
+    return false;
   // One that has no pages begins when there is room for all its tokens and a page for each of the
   // others, so that it is not preempted at once. The oldest one always begins.
   int holders = 0;
@@ -71,7 +88,7 @@ bool Engine::Begin(Running& sequence) {
 }
 
 bool Engine::PlanSlice(Running& sequence, absl::Time now, absl::Time* wake, Work* work) {
-  if (sequence.pages() == 0 && !Begin(sequence)) return false;
+  if (sequence.pages() == 0 && !Begin(sequence, now, wake)) return false;
   const int first = sequence.fed, feedable = sequence.feedable_end();
   work->sequence = &sequence;
   work->first = first;

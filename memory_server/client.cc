@@ -303,7 +303,7 @@ absl::StatusOr<bool> MemoryClient::HasRecord(const std::string& knowledge_base,
   request.set_knowledge_base(knowledge_base);
   request.set_record_id(std::string(id.view()));
   bool has = false;
-  const absl::Status status = Attempt(
+  absl::Status status = Attempt(
       /*repeat=*/true, absl::InfiniteFuture(), [&](Stub& stub, grpc::ClientContext* context) {
         const auto reader = stub.GetRecord(context, request);
         v1::GetRecordResponse message;
