@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "cli/server_process.h"
 #include "cli/text.h"
+#include "serving/duration.h"
 #include "serving/status.h"
 #include "trainer/progress.h"
 #include "trainer/qa_metrics.h"
