@@ -109,7 +109,8 @@ absl::StatusOr<Totals> AskAll(const Session& session, const Arguments& arguments
     const v1::Timings& timings = with->finish.timings();
     totals.first_token_ms.push_back(Milliseconds(timings.time_to_first_token()));
     totals.decode_ms += Milliseconds(timings.decode());
-    totals.decoded_tokens += with->finish.usage().completion_tokens();
+    // The first comes out of the prefill.
+    totals.decoded_tokens += std::max(1U, with->finish.usage().completion_tokens()) - 1;
 
     if (static_cast<int>(i) < arguments.shown) {
       std::vector<std::string> titles;

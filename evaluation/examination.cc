@@ -107,7 +107,8 @@ absl::Status Examine(const Session& session, v1::InferenceService::Stub& stub,
     const v1::Timings& timings = answer->finish.timings();
     first_token_ms.push_back(Milliseconds(timings.time_to_first_token()));
     decode_ms += Milliseconds(timings.decode());
-    decoded += answer->finish.usage().completion_tokens();
+    // The first comes out of the prefill.
+    decoded += std::max(1U, answer->finish.usage().completion_tokens()) - 1;
     progress.Update(row->questions, static_cast<int64_t>(set.questions.size()));
   }
   if (row->questions == 0)
