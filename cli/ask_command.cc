@@ -19,17 +19,13 @@ struct Arguments {
 };
 
 void PrintFigures(const Answer& answer) {
-  const v1::Timings& timings = answer.finish.timings();
-  const double decode_ms = Milliseconds(timings.decode());
-  const uint32_t tokens = answer.finish.usage().completion_tokens();
-  std::printf(
-      "  %u tokens; first after %.0f ms%s; waited %.0f ms for memories\n", tokens,
-      Milliseconds(timings.time_to_first_token()),
-      decode_ms > 0 && tokens > 1
-          ? absl::StrCat(", then ", static_cast<int>((tokens - 1) * 1000 / decode_ms), " tokens/s")
-                .c_str()
-          : "",
-      Milliseconds(timings.retrieve()));
+  AnswerSpeed speed;
+  speed.Add(answer.finish);
+  const double rate = speed.TokensPerSecond();
+  std::printf("  %u tokens; first after %.0f ms%s; waited %.0f ms for memories\n",
+              answer.finish.usage().completion_tokens(), speed.MedianFirstTokenMs(),
+              rate > 0 ? absl::StrCat(", then ", static_cast<int>(rate), " tokens/s").c_str() : "",
+              Milliseconds(answer.finish.timings().retrieve()));
 }
 
 void PrintSources(const Answer& answer) {

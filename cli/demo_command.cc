@@ -16,7 +16,6 @@
 #include "cli/text.h"
 #include "cli/writing.h"
 #include "nlohmann/json.hpp"
-#include "serving/duration.h"
 #include "trainer/qa_metrics.h"
 
 namespace memory3 {
@@ -59,21 +58,9 @@ absl::StatusOr<std::vector<DemoQuestion>> ReadQuestions(const std::string& path)
 
 struct Totals {
   int with = 0, without = 0;
-  int source = 0;                      // right with memory, and the source that holds it was read
-  int retrieved = 0;                   // the source was read, whatever the answer
-  std::vector<double> first_token_ms;  // with memory
-  double decode_ms = 0;
-  uint64_t decoded_tokens = 0;
-
-  double MedianFirstToken() {
-    if (first_token_ms.empty()) return 0;
-    const auto middle = first_token_ms.begin() + static_cast<int64_t>(first_token_ms.size() / 2);
-    std::nth_element(first_token_ms.begin(), middle, first_token_ms.end());
-    return *middle;
-  }
-  double TokensPerSecond() const {
-    return decode_ms > 0 ? 1000 * static_cast<double>(decoded_tokens) / decode_ms : 0;
-  }
+  int source = 0;     // right with memory, and the source that holds it was read
+  int retrieved = 0;  // the source was read, whatever the answer
+  AnswerSpeed speed;  // with memory
 };
 
 absl::StatusOr<Totals> AskAll(const Session& session, const Arguments& arguments,
@@ -106,11 +93,7 @@ absl::StatusOr<Totals> AskAll(const Session& session, const Arguments& arguments
     totals.without += right_without;
     totals.source += right && source_shown;
     totals.retrieved += source_shown;
-    const v1::Timings& timings = with->finish.timings();
-    totals.first_token_ms.push_back(Milliseconds(timings.time_to_first_token()));
-    totals.decode_ms += Milliseconds(timings.decode());
-    // The first comes out of the prefill.
-    totals.decoded_tokens += std::max(1U, with->finish.usage().completion_tokens()) - 1;
+    totals.speed.Add(with->finish);
 
     if (static_cast<int>(i) < arguments.shown) {
       std::vector<std::string> titles;
@@ -176,8 +159,8 @@ absl::Status Demo(Session session, const Arguments& arguments) {
       {"correct_without_memory", totals->without},
       {"correct_source", totals->source},
       {"recall", static_cast<double>(totals->retrieved) / static_cast<double>(questions->size())},
-      {"ttft_ms", totals->MedianFirstToken()},
-      {"tokens_per_s", totals->TokensPerSecond()},
+      {"ttft_ms", totals->speed.MedianFirstTokenMs()},
+      {"tokens_per_s", totals->speed.TokensPerSecond()},
       {"bytes_per_memory", loaded->record_bytes / references}};
   const std::string path = arguments.directory + "/report.json";
   std::ofstream out(path);
@@ -192,7 +175,7 @@ absl::Status Demo(Session session, const Arguments& arguments) {
       "holds the answer. For %d of all questions that source was read.\nFirst token after %.0f ms "
       "(median), %.0f tokens/s, %s a memory. %s\n",
       questions->size(), totals->with, totals->without, totals->source, totals->retrieved,
-      totals->MedianFirstToken(), totals->TokensPerSecond(),
+      totals->speed.MedianFirstTokenMs(), totals->speed.TokensPerSecond(),
       HumanBytes(static_cast<uint64_t>(loaded->record_bytes / references)).c_str(), path.c_str());
   return absl::OkStatus();
 }

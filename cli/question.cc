@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "absl/strings/str_replace.h"
+#include "serving/duration.h"
 #include "serving/status.h"
 
 namespace memory3 {
@@ -39,6 +40,25 @@ void AddSources(const v1::ChunkProvenance& chunk, Answer& answer) {
 }
 
 }  // namespace
+
+void AnswerSpeed::Add(const v1::Finish& finish) {
+  first_token_ms_.push_back(Milliseconds(finish.timings().time_to_first_token()));
+  decode_ms_ += Milliseconds(finish.timings().decode());
+  // The first token comes out of the prefill.
+  decoded_tokens_ += std::max(1U, finish.usage().completion_tokens()) - 1;
+}
+
+double AnswerSpeed::MedianFirstTokenMs() const {
+  if (first_token_ms_.empty()) return 0;
+  std::vector<double> values = first_token_ms_;
+  const auto middle = values.begin() + static_cast<ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+double AnswerSpeed::TokensPerSecond() const {
+  return decode_ms_ > 0 ? 1000 * static_cast<double>(decoded_tokens_) / decode_ms_ : 0;
+}
 
 std::string PromptOf(const AskRequest& question) {
   return absl::StrReplaceAll(question.prompt, {{"{}", question.text}});

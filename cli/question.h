@@ -12,6 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "cli/session.h"
+#include "trainer/qa_data.h"
 
 namespace memory3 {
 
@@ -20,7 +21,7 @@ struct AskRequest {
   std::string knowledge_base;  // empty: none
   bool memory = true;
   // How a question becomes a prompt; {} stands for it.
-  std::string prompt = "AskRequest: {}\nAnswer:";
+  std::string prompt = QaPrompt("{}");  // as models are trained to be asked
   int max_tokens = 64;
   float temperature = 0;
   std::vector<std::string> stop = {"\n"};
@@ -39,6 +40,19 @@ struct Answer {
   std::vector<ReadSource> sources;  // of all chunks, each document's range once, by falling score
   bool unavailable = false;         // a chunk went without: the memory server could not be reached
   v1::Finish finish;
+};
+
+// The speed of answers, by the server's clock.
+class AnswerSpeed {
+ public:
+  void Add(const v1::Finish& finish);
+  double MedianFirstTokenMs() const;  // 0: no answer yet
+  double TokensPerSecond() const;     // while decoding; 0: nothing was decoded
+
+ private:
+  std::vector<double> first_token_ms_;
+  double decode_ms_ = 0;
+  uint64_t decoded_tokens_ = 0;
 };
 
 std::string PromptOf(const AskRequest& question);

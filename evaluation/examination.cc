@@ -1,13 +1,11 @@
 #include "evaluation/examination.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "cli/server_process.h"
 #include "cli/text.h"
-#include "serving/duration.h"
 #include "serving/status.h"
 #include "trainer/progress.h"
 #include "trainer/qa_metrics.h"
@@ -51,22 +49,15 @@ std::string WithTexts(const Answer& read, const std::string& prompt) {
   return text + prompt;
 }
 
-double Median(std::vector<double> values) {
-  if (values.empty()) return 0;
-  const auto middle = values.begin() + static_cast<int64_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
-}
-
 }  // namespace
 
 absl::Status Examine(const Session& session, v1::InferenceService::Stub& stub,
                      const EvaluationSet& set, const ReadingMode& mode, const std::string& prompt,
                      EvaluationRow* row) {
   const auto nowhere = [](std::string_view) {};
-  std::vector<double> first_token_ms;
-  double decode_ms = 0, log_likelihood = 0;
-  int64_t decoded = 0, gold_tokens = 0, found = 0;
+  AnswerSpeed speed;
+  double log_likelihood = 0;
+  int64_t gold_tokens = 0, found = 0;
   row->questions = 0;
   row->em = row->f1 = 0;
   Progress progress(absl::StrCat(set.name, " ", row->mode), "questions");
@@ -104,11 +95,7 @@ absl::Status Examine(const Session& session, v1::InferenceService::Stub& stub,
     if (!mode.as_text) found += HoldsTheAnswer(*answer, asked) ? 1 : 0;
     log_likelihood += gold->log_likelihood;
     gold_tokens += gold->tokens;
-    const v1::Timings& timings = answer->finish.timings();
-    first_token_ms.push_back(Milliseconds(timings.time_to_first_token()));
-    decode_ms += Milliseconds(timings.decode());
-    // The first comes out of the prefill.
-    decoded += std::max(1U, answer->finish.usage().completion_tokens()) - 1;
+    speed.Add(answer->finish);
     progress.Update(row->questions, static_cast<int64_t>(set.questions.size()));
   }
   if (row->questions == 0)
@@ -118,8 +105,8 @@ absl::Status Examine(const Session& session, v1::InferenceService::Stub& stub,
   row->f1 /= questions;
   row->nll = gold_tokens > 0 ? -log_likelihood / static_cast<double>(gold_tokens) : 0;
   if (!mode.knowledge_base.empty()) row->recall = static_cast<double>(found) / questions;
-  row->ttft_ms = Median(std::move(first_token_ms));
-  row->tokens_per_s = decode_ms > 0 ? 1000 * static_cast<double>(decoded) / decode_ms : 0;
+  row->ttft_ms = speed.MedianFirstTokenMs();
+  row->tokens_per_s = speed.TokensPerSecond();
   return absl::OkStatus();
 }
 
