@@ -4,14 +4,19 @@ JOBS    ?= $(shell nproc)
 PRESET  ?= release
 CONFIGURE ?=
 
-.PHONY: setup build test bench check bundle demo serve evaluate clean
+.PHONY: setup configure build programs test bench check bundle demo serve evaluate clean
 
 setup:           ## install what is missing
 	@tools/setup
 
-build: setup     ## configure and build everything
+configure: setup
 	@cmake --preset $(PRESET) -B $(BUILD) $(CONFIGURE) >/dev/null
+
+build: configure ## build everything
 	@cmake --build $(BUILD) -j $(JOBS)
+
+programs: configure ## build what people run, without tests and benchmarks: half the time
+	@cmake --build $(BUILD) -j $(JOBS) --target memory3 memory_server inference_server trainer
 
 test: build      ## set up, build and run the fast tests
 	@ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
@@ -25,10 +30,10 @@ check: setup     ## formatting, clang-tidy, sanitizers over the unit tests, shor
 bundle: build    ## binaries with their libraries, for a machine without packages
 	@tools/bundle $(BUILD)
 
-demo: build      ## both servers, the demo's documents, its questions with and without memory; stops them
+demo: programs   ## both servers, the demo's documents, its questions with and without memory; stops them
 	@$(BUILD)/bin/memory3 demo --directory $(BUILD)/demo
 
-serve: build     ## both servers with models/tiny until Ctrl-C; prints the page's address
+serve: programs  ## both servers with models/tiny until Ctrl-C; prints the page's address
 	@$(BUILD)/bin/memory3 serve --model models/tiny --data $(BUILD)/serve
 
 evaluate: build  ## answers with and without memory, measured through the servers; FLAGS="--questions 20"
