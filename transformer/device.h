@@ -269,8 +269,8 @@ class Device {
 
 struct CpuDeviceOptions {
   int threads = 0;  // 0: one per core
-  // Highest instruction set to use: "generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16";
-  // empty: the best found.
+  // Highest instruction set to use: "generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16",
+  // "amx"; empty: the best found.
   std::string instructions;
 };
 absl::StatusOr<std::unique_ptr<Device>> MakeCpuDevice(const CpuDeviceOptions& options);

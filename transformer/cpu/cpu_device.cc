@@ -1,7 +1,12 @@
 #include "transformer/cpu/cpu_device.h"
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -21,7 +26,7 @@ constexpr size_t kHugePage = size_t{2} << 20;
 constexpr std::pair<CpuIsa, std::string_view> kIsaNames[] = {
     {CpuIsa::kGeneric, "generic"},        {CpuIsa::kAvx2, "avx2"},
     {CpuIsa::kAvx512, "avx512"},          {CpuIsa::kAvx512Vnni, "avx512_vnni"},
-    {CpuIsa::kAvx512Bf16, "avx512_bf16"},
+    {CpuIsa::kAvx512Bf16, "avx512_bf16"}, {CpuIsa::kAmx, "amx"},
 };
 
 const CpuKernels& KernelsFor(CpuIsa isa) {
@@ -35,12 +40,31 @@ const CpuKernels& KernelsFor(CpuIsa isa) {
       return Avx512VnniKernels();
     case CpuIsa::kAvx512Bf16:
       return Avx512Bf16Kernels();
+    case CpuIsa::kAmx:
+      return AmxKernels();
     case CpuIsa::kGeneric:
       break;
   }
 #endif
   return GenericKernels();
 }
+
+#if defined(__x86_64__)
+// Whether the CPU has AMX's tiles with both products, and Linux lets this process use them: their
+// registers are so large that it has to be asked first.
+bool HasAmx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  if ((~d & (kBf16 | kTile | kInt8)) != 0) return false;
+#if defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 }  // namespace
 
@@ -61,7 +85,8 @@ CpuIsa BestCpuIsa() {
   }
   if (!__builtin_cpu_supports("avx512vnni")) return CpuIsa::kAvx512;
   if (!__builtin_cpu_supports("avx512bf16")) return CpuIsa::kAvx512Vnni;
-  return CpuIsa::kAvx512Bf16;
+  static const bool kHasAmx = HasAmx();
+  return kHasAmx ? CpuIsa::kAmx : CpuIsa::kAvx512Bf16;
 #else
   return CpuIsa::kGeneric;
 #endif
@@ -80,7 +105,7 @@ absl::StatusOr<std::unique_ptr<CpuDevice>> CpuDevice::Make(const CpuDeviceOption
     if (found == std::end(kIsaNames)) {
       return absl::InvalidArgumentError(
           absl::StrCat("instructions: \"", options.instructions,
-                       "\" is none of generic, avx2, avx512, avx512_vnni, avx512_bf16"));
+                       "\" is none of generic, avx2, avx512, avx512_vnni, avx512_bf16, amx"));
     }
     isa = std::min(isa, found->first);
   }

@@ -29,7 +29,7 @@ namespace memory3 {
 
 struct CpuKernels;
 
-enum class CpuIsa : uint8_t { kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
+enum class CpuIsa : uint8_t { kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
 std::string_view CpuIsaName(CpuIsa isa);
 // The best that this CPU and its operating system run.
 CpuIsa BestCpuIsa();

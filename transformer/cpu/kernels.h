@@ -33,8 +33,11 @@ struct CpuKernels {
   void (*panel_f32)(const float* x, int64_t x_stride, const float* panel, int64_t k, int64_t rows,
                     float* y, int64_t y_stride, PanelMode mode, void* sums);
 
+  // Rows that panel_bf16 and panel_int8 take together: blocks of a multiple waste nothing.
+  int block_rows;
+
   // Weights in pairs: panel[k / 2][64][2], bf16. x rows come from round_bf16 and are
-  // bf16_activation_bytes an element, x_stride bytes apart; k is even.
+  // bf16_activation_bytes an element, x_stride bytes apart; k is even. `sums` as for panel_f32, but never null.
   void (*panel_bf16)(const void* x, int64_t x_stride, const uint16_t* panel, int64_t k,
                      int64_t rows, float* y, int64_t y_stride, PanelMode mode, void* sums);
   int bf16_activation_bytes;
@@ -79,6 +82,7 @@ const CpuKernels& Avx2Kernels();        // AVX2, FMA
 const CpuKernels& Avx512Kernels();      // AVX-512 F, BW, DQ, VL
 const CpuKernels& Avx512VnniKernels();  // and VNNI
 const CpuKernels& Avx512Bf16Kernels();  // and BF16
+const CpuKernels& AmxKernels();         // and AMX with BF16 and INT8
 #endif
 
 }  // namespace memory3

@@ -96,7 +96,7 @@ void PackPanel(PackedWeight& w, int64_t p, std::span<const float> from) {
 
 // Rows of one task: enough that a panel pays for being brought in, few enough that their sums and
 // activations stay in the cache.
-constexpr int64_t kLeastBlock = 24, kMostBlock = 516;
+constexpr int64_t kLeastBlock = 24, kMostBlock = 512;  // rounded up to the kernel's block_rows
 // Rows that one thread converts sooner than the others would have woken up.
 constexpr int64_t kFewRows = 8;
 
@@ -153,8 +153,8 @@ void CpuDevice::MatMul(Tensor y, Tensor x, const Weight& weight, bool accumulate
   const int64_t panels = (weight.out() + kPanel - 1) / kPanel;
   // Tasks are panels; of few panels each is cut by rows, too, so that every thread has its share.
   const int64_t cuts = panels >= 4 * threads_ ? 1 : (4 * threads_ + panels - 1) / panels;
-  const int64_t block =
-      std::clamp<int64_t>(RoundUp((rows + cuts - 1) / cuts, 12), kLeastBlock, kMostBlock);
+  const int64_t block = RoundUp(
+      std::clamp<int64_t>((rows + cuts - 1) / cuts, kLeastBlock, kMostBlock), kernels_.block_rows);
   const int64_t blocks = (rows + block - 1) / block;
   const int64_t tasks = panels * blocks;
   const int team = static_cast<int>(std::min<int64_t>(threads_, tasks));

@@ -43,7 +43,7 @@ inline std::unique_ptr<Device> TestDevice(const std::string& instructions = "", 
 
 // The instruction sets a CPU device can be held to; one the CPU has not is lowered by the device.
 inline std::vector<std::string> InstructionSets() {
-  return {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+  return {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
 }
 
 // Directory of the shared data, for tests that skip where it is absent.
