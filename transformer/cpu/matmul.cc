@@ -100,17 +100,14 @@ constexpr int64_t kLeastBlock = 24, kMostBlock = 512;  // rounded up to the kern
 // Rows that one thread converts sooner than the others would have woken up.
 constexpr int64_t kFewRows = 8;
 
-// Bytes from row to row of the activations as the kernel reads them.
+// Bytes from row to row of the activations as the kernel reads them: whole lines, and no multiple
+// of 512, or 16 rows of a tile would meet in a few sets of the first-level cache.
 int64_t ActivationStride(WeightFormat format, int64_t k, const Tensor& x,
                          const CpuKernels& kernels) {
-  switch (format) {
-    case WeightFormat::kBF16:
-      return RoundUp(k * kernels.bf16_activation_bytes, 64);
-    case WeightFormat::kInt8:
-      return RoundUp(k, 64);
-    default:
-      return x.stride * sizeof(float);
-  }
+  if (format == WeightFormat::kF32) return x.stride * sizeof(float);
+  const int64_t stride =
+      RoundUp(k * (format == WeightFormat::kBF16 ? kernels.bf16_activation_bytes : 1), 64);
+  return stride % 512 == 0 ? stride + 64 : stride;
 }
 
 }  // namespace
