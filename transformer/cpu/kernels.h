@@ -37,7 +37,8 @@ struct CpuKernels {
   int block_rows;
 
   // Weights in pairs: panel[k / 2][64][2], bf16. x rows come from round_bf16 and are
-  // bf16_activation_bytes an element, x_stride bytes apart; k is even. `sums` as for panel_f32, but never null.
+  // bf16_activation_bytes an element, x_stride bytes apart; k is even. `sums` as for panel_f32, but
+  // never null.
   void (*panel_bf16)(const void* x, int64_t x_stride, const uint16_t* panel, int64_t k,
                      int64_t rows, float* y, int64_t y_stride, PanelMode mode, void* sums);
   int bf16_activation_bytes;
