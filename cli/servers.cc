@@ -40,7 +40,7 @@ absl::StatusOr<std::unique_ptr<Servers>> Servers::Start(const ServerFlags& flags
     grpc::ChannelArguments soon;  // the first attempt nearly always comes before the server listens
     soon.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
     soon.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 500);
-    const absl::Status ready = servers->servers_.back()->WaitUntilServing(
+    absl::Status ready = servers->servers_.back()->WaitUntilServing(
         grpc::CreateCustomChannel(Reachable(ServerFlags::ValueOf(*own, "listen")), *credentials,
                                   soon),
         patience);

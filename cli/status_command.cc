@@ -25,7 +25,7 @@ absl::StatusOr<v1::GetModelResponse> AskInferenceServer(const Session& session) 
   if (!stub.ok()) return stub.status();
   v1::GetModelResponse response;
   const std::unique_ptr<grpc::ClientContext> context = session.NewContext(session.timeout_seconds);
-  const absl::Status status =
+  absl::Status status =
       FromGrpc((*stub)->GetModel(context.get(), v1::GetModelRequest(), &response));
   if (!status.ok()) return status;
   return response;
