@@ -162,6 +162,81 @@ TEST_F(EngineTest, AQueryHasItsMemoriesBeforeTheOthersHaveTheirs) {
   EXPECT_TRUE(second.Wait());
 }
 
+// A record that the store cannot read: the query that hit it goes on with its other memories and
+// says why, at once; the batch's other query does not notice.
+TEST_F(EngineTest, AnUnreadableRecordIsItsOwnQueriesAlone) {
+  Start();
+  std::vector<ReadQuery> queries;
+  std::vector<std::vector<int>> found;
+  for (int i = 0; queries.size() < 2; ++i) {  // two that share no memory
+    std::string text = absl::StrCat("query ", i);
+    std::vector<int> hits = base_->Find(text, kTopK);
+    if (!found.empty() && std::find_first_of(hits.begin(), hits.end(), found[0].begin(),
+                                             found[0].end()) != hits.end())
+      continue;
+    queries.push_back({std::move(text), kTopK, std::nullopt, {}});
+    found.push_back(std::move(hits));
+  }
+  const std::string bad = FakeBase::IdOf(found[0][1]).ToHex();
+  base_->SetUnreadable(found[0][1], absl::NotFoundError("record " + bad + " is unknown"));
+  std::vector<std::vector<size_t>> ranks(2);
+  std::vector<absl::Status> statuses(2);
+  Once ended[2];
+  reader_->Read(base_, queries, false, absl::InfiniteFuture(),
+                [&](size_t query, const ReadResult& result) {
+                  for (const ReadMemory& read : result.memories) ranks[query].push_back(read.rank);
+                  if (!result.last) return;
+                  statuses[query] = result.status;
+                  ended[query].Notify();
+                });
+  EXPECT_TRUE(ended[0].Wait());
+  EXPECT_TRUE(ended[1].Wait());
+  EXPECT_THAT(ranks[0], ElementsAre(0, 2));
+  EXPECT_EQ(statuses[0].code(), absl::StatusCode::kDataLoss) << statuses[0];
+  EXPECT_THAT(std::string(statuses[0].message()), HasSubstr(bad));
+  EXPECT_THAT(ranks[1], ElementsAre(0, 1, 2));
+  EXPECT_EQ(statuses[1], absl::OkStatus());
+  EXPECT_EQ(base_->requests(), 1);  // not asked for again and again
+
+  // A request's chunks say it; a request that wants all its memories fails. Nothing in the cache.
+  engine_.reset();
+  base_ = std::make_shared<FakeBase>(memories_, config_.head_dim);
+  Start();
+  EngineRequest request = Request(RandomIds(config_, 20, 24), 10);
+  const std::vector<int> read = base_->Find(tokenizer_.DecodeQuery(request.prompt), kTopK);
+  base_->SetUnreadable(read[0], absl::DataLossError("record: checksum mismatch"));
+  const auto sink = Run(request);
+  ASSERT_EQ(sink->provenance_.size(), 2u);
+  EXPECT_TRUE(sink->provenance_[0].unavailable());
+  ASSERT_EQ(sink->provenance_[0].memories_size(), kTopK - 1);
+  for (const auto& memory : sink->provenance_[0].memories())
+    EXPECT_NE(memory.record_id(), FakeBase::IdOf(read[0]).view());
+  request.memory.fail_if_unavailable = true;
+  const absl::Status failed = Submit(request)->Wait();
+  EXPECT_TRUE(absl::IsUnavailable(failed));
+  EXPECT_THAT(std::string(failed.message()), HasSubstr("checksum mismatch"));
+  base_->SetUnreadable(read[0], absl::OkStatus());  // repaired
+  EXPECT_EQ(Run(request)->tokens_, Offline(request).tokens);
+}
+
+// What came before a retrieval failed does not pile up in the cache.
+TEST_F(EngineTest, TheCacheKeepsToItsBoundThoughEveryRetrievalFails) {
+  Start({}, {}, /*cache_bytes=*/1);
+  base_->SetParts(kTopK);
+  base_->FailAfterParts(absl::DeadlineExceededError("too late"));
+  const int64_t one = memories_[0].values.size() * static_cast<int64_t>(sizeof(float));
+  for (int i = 0; i < 26; ++i) {
+    Once ended;
+    reader_->Read(base_, {{absl::StrCat("query ", i), kTopK, std::nullopt, {}}}, false,
+                  absl::InfiniteFuture(), [&](size_t, const ReadResult& result) {
+                    if (result.last) ended.Notify();
+                  });
+    EXPECT_TRUE(ended.Wait());
+  }
+  // Of thirteen memories those of the last retrievals, which may have been in use just then.
+  EXPECT_LE(reader_->stats().cache_bytes, 2 * kTopK * one);
+}
+
 TEST_F(EngineTest, AWaitEndsAtTheCap) {
   Start({}, {.wait_cap = absl::Milliseconds(30)});
   base_->SetOpen(false);

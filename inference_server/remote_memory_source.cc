@@ -36,6 +36,7 @@ absl::StatusOr<SourceAnswer> FromWire(RetrieveAnswer answer) {
   absl::StatusOr<SourceAnswer> result = FromWire(std::move(answer.hits));
   if (!result.ok()) return result.status();
   for (auto& [id, record] : answer.records) result->records[id] = {*record, record};
+  result->unreadable = std::move(answer.unreadable);
   return result;
 }
 
@@ -365,6 +366,10 @@ void RemoteMemorySource::Answered(uint64_t number, uint64_t generation,
         } else if (!here_.contains(id)) {
           evicted_.push_back(id);
         }
+      }
+      // The server may believe that these are here: what came damaged.
+      for (const auto& [id, why] : answer->unreadable) {
+        if (!here_.contains(id)) evicted_.push_back(id);
       }
     }
     if (found == pending_.end()) return;
