@@ -127,6 +127,33 @@ TEST_F(EngineTest, UnderADeadlineAChunkReadsTheMemoriesThatHaveCome) {
   ExpectIdle();
 }
 
+// Memories that came in time, while a step of others ran past the deadline, are read although they
+// are not on the device yet.
+TEST_F(EngineTest, UnderADeadlineALongStepLosesNothingThatHasCome) {
+  Start();
+  constexpr absl::Duration kDeadline = absl::Milliseconds(20);
+  EngineRequest request = Request(RandomIds(config_, 70, 25), 10);
+  request.memory.deadline = kDeadline;
+  // Both on the engine's thread: the request is admitted, its retrieval begins, and the step that
+  // follows takes until the retrieval is over and the deadline past.
+  absl::Time over = absl::InfiniteFuture();
+  auto sink = std::make_shared<KeepingSink>(), other = std::make_shared<KeepingSink>();
+  sink->OnEvent([&] { over = std::min(over, absl::Now() + 2 * kDeadline); });
+  other->OnEvent([&] {
+    if (over == absl::InfiniteFuture()) return;
+    while (retrieved_ == 0 || absl::Now() < over) std::this_thread::yield();
+  });
+  ASSERT_TRUE(engine_->Submit(Request({5, 6}, 300, false), other).ok());
+  ASSERT_TRUE(engine_->Submit(request, sink).ok());
+  EXPECT_TRUE(sink->Wait().ok());
+  EXPECT_EQ(sink->tokens_, Offline(request).tokens);
+  for (const v1::ChunkProvenance& p : sink->provenance_) {
+    EXPECT_FALSE(p.timed_out());
+    EXPECT_EQ(p.memories_size(), kTopK);
+  }
+  EXPECT_TRUE(other->Wait().ok());
+}
+
 TEST_F(EngineTest, MemoriesThatComeInPartsAreReadInTheirOrder) {
   Start();
   base_->SetParts(kTopK);
@@ -392,6 +419,36 @@ TEST_F(EngineTest, LogprobsEchoAndScoreAreTheOfflineOnes) {
   EXPECT_TRUE(scored->score_.greedy);
   (*score.continuation)[40] = (*score.continuation)[40] == 7 ? 8 : 7;
   EXPECT_FALSE(Run(score)->score_.greedy);
+}
+
+// A client that goes away at a token gets no further one: its place is free within that step.
+TEST_F(EngineTest, ACancelTakesEffectBeforeTheNextStep) {
+  Start({}, {.max_running = 1});
+  for (const bool abort : {false, true}) {
+    EngineRequest request = Request(RandomIds(config_, 70, 51), 100);
+    request.request_id = "mine";
+    auto sink = std::make_shared<KeepingSink>();
+    std::atomic<uint64_t> number = 0;
+    Once taken;
+    sink->OnEvent([&, raw = sink.get()] {
+      if (raw->tokens_.size() != 3) return;
+      EXPECT_TRUE(taken.Wait());
+      if (abort) {
+        EXPECT_TRUE(engine_->Abort("default", "mine").ok());
+      } else {
+        engine_->Cancel(number);
+      }
+    });
+    const auto submitted = engine_->Submit(std::move(request), sink);
+    ASSERT_TRUE(submitted.ok()) << submitted.status();
+    number = *submitted;
+    taken.Notify();
+    const auto next = Submit(Request({5, 6}, 4));  // waits for the only place
+    EXPECT_EQ(absl::IsCancelled(sink->Wait()), !abort);
+    EXPECT_EQ(sink->tokens_.size(), 3u);
+    EXPECT_TRUE(next->Wait().ok());
+    ExpectIdle();
+  }
 }
 
 TEST_F(EngineTest, BadRequestsNameTheField) {
