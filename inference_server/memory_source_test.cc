@@ -247,6 +247,70 @@ TEST_P(MemorySourceTest, AServerThatDiesIsFoundAgain) {
   EXPECT_TRUE(answer->records.empty());  // the new stream was told what is here
 }
 
+// A server that takes connections and reads nothing: what is written to it blocks.
+class DeafService final : public v1::MemoryService::Service {
+ public:
+  ~DeafService() override {
+    released_.set_value();
+    server_->Shutdown(std::chrono::system_clock::now());
+  }
+  DeafService() {
+    grpc::ServerBuilder builder;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
+    builder.RegisterService(this);
+    server_ = builder.BuildAndStart();
+  }
+  int port() const { return port_; }
+  grpc::Status GetKnowledgeBase(grpc::ServerContext*, const v1::GetKnowledgeBaseRequest*,
+                                v1::GetKnowledgeBaseResponse* response) override {
+    *response->mutable_knowledge_base()->mutable_spec() = ToProto(store_testing::SmallSpec("kb"));
+    return grpc::Status::OK;
+  }
+  grpc::Status Retrieve(
+      grpc::ServerContext*,
+      grpc::ServerReaderWriter<v1::RetrieveResponse, v1::RetrieveRequest>*) override {
+    release_.wait();
+    return grpc::Status::OK;
+  }
+
+ private:
+  std::promise<void> released_;
+  const std::shared_future<void> release_ = released_.get_future();
+  int port_ = 0;
+  std::unique_ptr<grpc::Server> server_;
+};
+
+TEST_P(MemorySourceTest, AServerThatReadsNothingHoldsNobodyUp) {
+  if (!GetParam()) GTEST_SKIP() << "there is no server in the process";
+  DeafService service;
+  RemoteMemoryOptions options;
+  options.client.target = absl::StrCat("127.0.0.1:", service.port());
+  auto source = RemoteMemorySource::Create(options, Reader());
+  ASSERT_TRUE(source.ok()) << source.status();
+  auto base = (*source)->Open("default", "kb", absl::InfiniteFuture());
+  ASSERT_TRUE(base.ok()) << base.status();
+  const auto large = [](absl::Time deadline) {  // more than the transport takes unread
+    SourceRequest request;
+    request.queries.resize(4);
+    for (SourceQuery& query : request.queries) query.embedding.resize(1 << 20);
+    request.deadline = deadline;
+    return request;
+  };
+  for (int i = 0; i < 2; ++i) {
+    const absl::Status late = Ask(**base, large(absl::Now() + absl::Milliseconds(50))).status();
+    EXPECT_TRUE(absl::IsDeadlineExceeded(late)) << late;
+  }
+  std::promise<absl::Status> ended;
+  (*base)->Retrieve(large(absl::InfiniteFuture()), [&](const absl::StatusOr<SourceAnswer>& answer) {
+    ended.set_value(answer.status());
+  });
+  base->reset();
+  source->reset();
+  const absl::Status status = ended.get_future().get();
+  // Sent to a new stream, or not at all since the server was not there just now.
+  EXPECT_TRUE(absl::IsCancelled(status) || absl::IsUnavailable(status)) << status;
+}
+
 // Debian's gRPC is not built with TSan, which reports it by the hundred: there the store in this
 // process stands for both.
 #ifdef __SANITIZE_THREAD__

@@ -71,7 +71,8 @@ RemoteMemorySource::RemoteMemorySource(RemoteMemoryOptions options, ReaderIdenti
       reader_(std::move(reader)),
       client_(std::move(client)),
       pause_(options_.first_pause),
-      thread_([this] { Run(); }) {}
+      thread_([this] { Run(); }),
+      watch_([this] { WatchWrites(); }) {}
 
 RemoteMemorySource::~RemoteMemorySource() { Shutdown(); }
 
@@ -82,6 +83,7 @@ void RemoteMemorySource::Shutdown() {
   }
   changed_.notify_all();
   if (thread_.joinable()) thread_.join();
+  if (watch_.joinable()) watch_.join();
 }
 
 absl::Status RemoteMemorySource::CheckTenant(std::string_view tenant) const {
@@ -315,6 +317,12 @@ void RemoteMemorySource::Run() {
       stream_.reset();  // without the lock: its last callbacks take it
       stream_ = client_->OpenRetrieve();
     }
+    {
+      const std::lock_guard lock(mutex_);
+      if (ending_) break;
+      writing_ = stream_.get();
+      changed_.notify_all();
+    }
     for (auto& [number, request] : to_send) {
       stream_->Send(
           std::move(request),
@@ -325,6 +333,9 @@ void RemoteMemorySource::Run() {
             PartCame(n, so_far, fresh);
           });
     }
+    const std::lock_guard lock(mutex_);
+    writing_ = nullptr;
+    changed_.notify_all();
   }
   stream_.reset();
   std::map<uint64_t, Pending> left;
@@ -334,6 +345,23 @@ void RemoteMemorySource::Run() {
   }
   for (auto& [number, pending] : left)
     pending.done(absl::CancelledError("the memory source is shutting down"));
+}
+
+void RemoteMemorySource::WatchWrites() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    changed_.wait(lock, [this] { return ending_ || writing_ != nullptr; });
+    absl::Time limit = absl::InfiniteFuture();
+    for (const auto& [number, pending] : pending_) {
+      if (pending.sent) limit = std::min(limit, pending.deadline + kAnswerGrace);
+    }
+    const auto over = [this] { return ending_ || writing_ == nullptr; };
+    if (!changed_.wait_until(lock, absl::ToChronoTime(limit), over) || ending_) {
+      if (writing_ != nullptr) writing_->Cancel();
+      changed_.wait(lock, [this] { return writing_ == nullptr; });
+    }
+    if (ending_) return;
+  }
 }
 
 void RemoteMemorySource::Answered(uint64_t number, uint64_t generation,
