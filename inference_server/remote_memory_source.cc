@@ -148,6 +148,8 @@ absl::StatusOr<std::shared_ptr<MemoryBase>> RemoteMemorySource::Open(
 absl::StatusOr<v1::GetKnowledgeBaseResponse> RemoteMemorySource::Ask(
     const v1::GetKnowledgeBaseRequest& request, absl::Time deadline) {
   const absl::Time begin = absl::Now();
+  if (begin >= deadline)
+    return absl::DeadlineExceededError("the time to look the knowledge base up is over");
   {
     const std::lock_guard lock(mutex_);
     if (begin < ask_at_)

@@ -368,6 +368,25 @@ TEST_F(InferenceStoreTest, ADeadlineIsKeptWhileTheStoreTakesFiveSeconds) {
   ExpectDegraded(unknown);
   EXPECT_LT(unknown.first_token, kDeadline + kSlack);
 
+  // So do many at once, more than can look their knowledge base up side by side.
+  StartInference(forwarder.target());
+  std::vector<Generated> crowd(160);
+  std::vector<std::thread> clients;
+  for (Generated& got : crowd) {
+    clients.emplace_back([&] {
+      v1::GenerateRequest request = WithDeadline(kDeadline);
+      request.mutable_stopping()->set_max_new_tokens(3);
+      got = server_->client().Generate(request);
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  absl::Duration longest;
+  for (const Generated& got : crowd) {
+    ASSERT_TRUE(got.status.ok()) << got.status.error_message();
+    longest = std::max(longest, got.first_token);
+  }
+  EXPECT_LT(longest, kDeadline + 2 * kSlack);
+
   // Of an answer whose last record is late the others are read.
   StartInference(forwarder.target());
   forwarder.Set({.last_record = absl::Seconds(5)});
