@@ -471,6 +471,13 @@ TEST_F(EngineTest, BadRequestsNameTheField) {
   EXPECT_THAT(error([](auto& r) { r.sampling.temperature = NAN; }), HasSubstr("temperature"));
   EXPECT_THAT(error([](auto& r) { r.memory.references_per_chunk = 5; }),
               HasSubstr("references_per_chunk is 5, the limit is 4"));
+  EXPECT_THAT(error([](auto& r) { r.memory.min_score = NAN; }), HasSubstr("memory.min_score"));
+  EXPECT_THAT(error([](auto& r) { r.memory.deadline = -absl::Seconds(1); }),
+              HasSubstr("memory.deadline"));
+  // Scores.
+  EXPECT_THAT(error([](auto& r) { r.continuation = {5, 96}; }), HasSubstr("continuation.ids[1]"));
+  EXPECT_THAT(error([](auto& r) { r.continuation = std::vector<int32_t>(1000, 5); }),
+              HasSubstr("longest context"));
 }
 
 TEST_F(EngineTest, AFullQueueIsResourceExhaustedAndShutdownEndsAll) {
