@@ -58,19 +58,16 @@ class EmbeddedMemorySource::Base final
     }
     if (wanted.empty()) return answer;
     const std::vector<absl::StatusOr<RecordView>> records = found->records->Read(wanted);
-    absl::Status failure;
+    const std::lock_guard lock(mutex_);
     for (size_t i = 0; i < wanted.size(); ++i) {
       if (records[i].ok()) {
         answer.records[wanted[i]] = {records[i]->bytes, records[i]->owner};
       } else {
-        failure = records[i].status();
+        answer.unreadable[wanted[i]] = records[i].status();
+        sent_.erase(wanted[i]);
       }
     }
-    if (failure.ok()) return answer;
-    // None of these bytes will arrive, so none of them is here.
-    const std::lock_guard lock(mutex_);
-    for (const RecordId& id : wanted) sent_.erase(id);
-    return failure;
+    return answer;
   }
 
   EmbeddedMemorySource* const source_;

@@ -331,7 +331,8 @@ void Engine::TakeAnswer(Answer answer) {
   for (auto& sequence : running_) {
     if (sequence->number != answer.number) continue;
     ChunkMemories& chunk = sequence->chunks[answer.retrieval];
-    if (chunk.fixed) return;  // too late: it only filled the cache
+    // Too late: it only filled the cache.
+    if (chunk.fixed || chunk.timed_out || chunk.unavailable) return;
     if (answer.result.last) {
       chunk.answered = true;
       chunk.status = std::move(answer.result.status);

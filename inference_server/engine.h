@@ -218,6 +218,7 @@ class Engine {
   // What a step may still take.
   struct Budget {
     int rows = 0, logit_rows = 0, slice_tokens = 0;
+    int score_rows = 0;  // of the logit rows those that no generation may want
     int pages_taken = 0;
   };
 

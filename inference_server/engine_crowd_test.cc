@@ -261,6 +261,54 @@ TEST_F(EngineTest, ADeadlineBoundsTheTimeToTheFirstToken) {
   for (const auto& sink : busy) EXPECT_TRUE(sink->Wait().ok());
 }
 
+// A long continuation is scored beside a generation that came after it, not before it.
+TEST_F(EngineTest, AScoreLeavesEachGenerationItsRow) {
+  Start({.max_logit_rows = 4}, {.max_running = 4});
+  EngineRequest score = Request(RandomIds(config_, 20, 81), 1, false);
+  score.continuation = RandomIds(config_, 250, 82);
+  const EngineRequest request = Request(RandomIds(config_, 20, 83), 20, false);
+  auto scored = std::make_shared<KeepingSink>();
+  Once both;
+  scored->OnEvent([&] { EXPECT_TRUE(both.Wait()); });
+  ASSERT_TRUE(engine_->Submit(score, scored).ok());
+  auto sink = std::make_shared<KeepingSink>();
+  size_t tokens_beside = 0;  // of the generation when the score ended; the engine's thread's
+  sink->OnEvent([&, raw = sink.get()] {
+    if (!scored->has_finish_) tokens_beside = raw->tokens_.size();
+  });
+  ASSERT_TRUE(engine_->Submit(request, sink).ok());
+  both.Notify();
+  EXPECT_TRUE(sink->Wait().ok());
+  EXPECT_TRUE(scored->Wait().ok());
+  EXPECT_EQ(tokens_beside, 20u);
+  EXPECT_EQ(sink->tokens_, Offline(request).tokens);
+  const auto expected =
+      ScoreContinuation(*offline_, score.prompt, *score.continuation, RetrieveFunction(), {});
+  ASSERT_TRUE(expected.ok()) << expected.status();
+  EXPECT_EQ(scored->score_.logprobs, expected->logprobs);
+  ExpectIdle();
+}
+
+// The wait for the memories of a prompt that others have computed wholly ends where it begins.
+TEST_F(EngineTest, AWaitIsCountedOnceWhereThePromptIsShared) {
+  Start({.kv_pages = 80}, {.prompt_cache_pages = 24});
+  const EngineRequest request = Request(RandomIds(config_, 128, 97), 140);
+  Run(request);
+  const int before = base_->queries();
+  base_->SetOpen(false);
+  const auto sink = Submit(request);
+  EXPECT_TRUE(base_->WaitForQueries(before + 2));
+  base_->SetOpen(true);
+  EXPECT_TRUE(sink->Wait().ok());
+  EXPECT_EQ(sink->finish_.usage().cached_prompt_tokens(), 128);
+  const auto to_seconds = [](const google::protobuf::Duration& d) {
+    return static_cast<double>(d.seconds()) + 1e-9 * d.nanos();
+  };
+  const v1::Timings& timings = sink->finish_.timings();
+  EXPECT_GT(to_seconds(timings.retrieve()), 0);
+  EXPECT_LE(to_seconds(timings.retrieve()), to_seconds(timings.time_to_first_token()));
+}
+
 // Full chunks of a prompt are computed once for those that begin alike and read the same.
 TEST_F(EngineTest, PromptsThatBeginAlikeShareTheirChunks) {
   Start({.kv_pages = 80}, {.prompt_cache_pages = 24});

@@ -37,7 +37,8 @@ struct ChunkMemories {
   bool answered = false;                    // wholly
   absl::Status status;                      // of the answer: why memories are missing
   absl::Time due = absl::InfiniteFuture();  // since when its first reader could be fed
-  // Once the first reader is fed nothing below changes, except for the slots.
+  // Once the first reader is fed nothing below changes, except for the slots. Once it has timed out
+  // or is unavailable no more memories are taken.
   bool fixed = false;
   bool timed_out = false;
   bool unavailable = false;
@@ -75,6 +76,13 @@ struct Engine::Running {
     return reads_memories() ? grid.RetrievalOf(token) : ChunkGrid::kNoRetrieval;
   }
   int pages() const { return sequence ? static_cast<int>(sequence->pages().size()) : 0; }
+  // A wait since `*since`, if there is one, is over and counts to `*total`.
+  void EndWait(absl::Time now, absl::Time* since, absl::Duration* total) {
+    if (*since == absl::InfiniteFuture()) return;
+    *total += now - *since;
+    if (generated == 0) waited_for_prompt += now - *since;
+    *since = absl::InfiniteFuture();
+  }
 
   uint64_t number = 0;
   EngineRequest request;

@@ -14,7 +14,11 @@ std::vector<Engine::Work> Engine::Schedule(absl::Time* wake) {
   for (auto& sequence : running_) sequence->scheduled = false;
   budget_ = {decoder_->options().max_rows,
              std::min(decoder_->options().max_logit_rows, decoder_->options().max_rows),
-             options_.slice_tokens, 0};
+             options_.slice_tokens};
+  // A long continuation must not take the row that a later request's next token needs.
+  const auto generations = std::count_if(running_.begin(), running_.end(),
+                                         [](const auto& s) { return !s->ended && !s->scores(); });
+  budget_.score_rows = budget_.logit_rows - static_cast<int>(generations);
   std::vector<Work> batch;
   for (size_t i = 0; i < running_.size(); ++i) {
     Running& sequence = *running_[i];
@@ -25,6 +29,7 @@ std::vector<Engine::Work> Engine::Schedule(absl::Time* wake) {
     const int tokens = work.end - work.first;
     budget_.rows -= tokens;
     budget_.logit_rows -= work.logit_rows;
+    if (sequence.scores()) budget_.score_rows -= work.logit_rows;
     if (!work.decodes) budget_.slice_tokens -= tokens;
     budget_.pages_taken += Decoder::PagesNeeded(*sequence.sequence, tokens);
     batch.push_back(std::move(work));
@@ -51,6 +56,8 @@ bool Engine::Begin(Running& sequence, absl::Time now, absl::Time* wake) {
   if (AwaitsShared(sequence, static_cast<int>(shared.size()) / prompts_.pages_per_chunk(), now,
                    wake))
     return false;
+  // The chunks that are shared ask for no memories again.
+  sequence.EndWait(now, &sequence.waiting_since, &sequence.waited);
   // One that has no pages begins when there is room for all its tokens and a page for each of the
   // others, so that it is not preempted at once. The oldest one always begins.
   int holders = 0;
@@ -97,7 +104,9 @@ bool Engine::PlanSlice(Running& sequence, absl::Time now, absl::Time* wake, Work
   limit = std::min(limit, first + budget_.rows);
   // Rows with logits are the slice's last; with scores there may be many.
   const int first_logits = sequence.first_logits();
-  limit = std::min(limit, std::max(first, first_logits) + budget_.logit_rows);
+  const int logit_rows =
+      sequence.scores() ? std::min(budget_.score_rows, budget_.logit_rows) : budget_.logit_rows;
+  limit = std::min(limit, std::max(first, first_logits) + logit_rows);
   if (limit <= first) return false;
 
   int end = first;
@@ -164,13 +173,7 @@ bool Engine::MemoriesReady(Running& sequence, int retrieval, absl::Time now, abs
       sequence.gave_up = true;
     }
   }
-  const auto add = [&](absl::Time* since, absl::Duration* total) {
-    if (*since == absl::InfiniteFuture()) return;
-    *total += now - *since;
-    if (sequence.generated == 0) sequence.waited_for_prompt += now - *since;
-    *since = absl::InfiniteFuture();
-  };
-  add(&sequence.waiting_since, &sequence.waited);
+  sequence.EndWait(now, &sequence.waiting_since, &sequence.waited);
   if (!chunk.fixed && !chunk.status.ok()) {
     if (plan.fail_if_unavailable) {
       EndRequest(sequence,
@@ -181,15 +184,17 @@ bool Engine::MemoriesReady(Running& sequence, int retrieval, absl::Time now, abs
   }
   if (!PinChunk(sequence, retrieval, /*from_others=*/true)) {
     if (sequence.ended) return false;
-    const bool drop = !chunk.fixed && plan.deadline && now >= limit;
+    // What has come by the deadline is read: a load is waited for, a slot is not.
+    const bool drop =
+        !chunk.fixed && plan.deadline && now >= limit && chunk.slots.size() < chunk.memories.size();
     if (!drop) {
-      if (!chunk.fixed && plan.deadline) *wake = std::min(*wake, limit);
+      if (!chunk.fixed && plan.deadline && now < limit) *wake = std::min(*wake, limit);
       if (sequence.loading_since == absl::InfiniteFuture()) sequence.loading_since = now;
       return false;
     }
     DropUnloaded(sequence, retrieval);
   }
-  add(&sequence.loading_since, &sequence.loading);
+  sequence.EndWait(now, &sequence.loading_since, &sequence.loading);
   if (chunk.fixed) return true;
   chunk.fixed = true;
   OrderChunk(chunk);

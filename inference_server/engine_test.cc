@@ -127,6 +127,33 @@ TEST_F(EngineTest, UnderADeadlineAChunkReadsTheMemoriesThatHaveCome) {
   ExpectIdle();
 }
 
+// Memories that came in time, while a step of others ran past the deadline, are read although they
+// are not on the device yet.
+TEST_F(EngineTest, UnderADeadlineALongStepLosesNothingThatHasCome) {
+  Start();
+  constexpr absl::Duration kDeadline = absl::Milliseconds(20);
+  EngineRequest request = Request(RandomIds(config_, 70, 25), 10);
+  request.memory.deadline = kDeadline;
+  // Both on the engine's thread: the request is admitted, its retrieval begins, and the step that
+  // follows takes until the retrieval is over and the deadline past.
+  absl::Time over = absl::InfiniteFuture();
+  auto sink = std::make_shared<KeepingSink>(), other = std::make_shared<KeepingSink>();
+  sink->OnEvent([&] { over = std::min(over, absl::Now() + 2 * kDeadline); });
+  other->OnEvent([&] {
+    if (over == absl::InfiniteFuture()) return;
+    while (retrieved_ == 0 || absl::Now() < over) std::this_thread::yield();
+  });
+  ASSERT_TRUE(engine_->Submit(Request({5, 6}, 300, false), other).ok());
+  ASSERT_TRUE(engine_->Submit(request, sink).ok());
+  EXPECT_TRUE(sink->Wait().ok());
+  EXPECT_EQ(sink->tokens_, Offline(request).tokens);
+  for (const v1::ChunkProvenance& p : sink->provenance_) {
+    EXPECT_FALSE(p.timed_out());
+    EXPECT_EQ(p.memories_size(), kTopK);
+  }
+  EXPECT_TRUE(other->Wait().ok());
+}
+
 TEST_F(EngineTest, MemoriesThatComeInPartsAreReadInTheirOrder) {
   Start();
   base_->SetParts(kTopK);
@@ -160,6 +187,81 @@ TEST_F(EngineTest, AQueryHasItsMemoriesBeforeTheOthersHaveTheirs) {
   EXPECT_FALSE(second.HasHappened());
   base_->SetOpen(true);
   EXPECT_TRUE(second.Wait());
+}
+
+// A record that the store cannot read: the query that hit it goes on with its other memories and
+// says why, at once; the batch's other query does not notice.
+TEST_F(EngineTest, AnUnreadableRecordIsItsOwnQueriesAlone) {
+  Start();
+  std::vector<ReadQuery> queries;
+  std::vector<std::vector<int>> found;
+  for (int i = 0; queries.size() < 2; ++i) {  // two that share no memory
+    std::string text = absl::StrCat("query ", i);
+    std::vector<int> hits = base_->Find(text, kTopK);
+    if (!found.empty() && std::find_first_of(hits.begin(), hits.end(), found[0].begin(),
+                                             found[0].end()) != hits.end())
+      continue;
+    queries.push_back({std::move(text), kTopK, std::nullopt, {}});
+    found.push_back(std::move(hits));
+  }
+  const std::string bad = FakeBase::IdOf(found[0][1]).ToHex();
+  base_->SetUnreadable(found[0][1], absl::NotFoundError("record " + bad + " is unknown"));
+  std::vector<std::vector<size_t>> ranks(2);
+  std::vector<absl::Status> statuses(2);
+  Once ended[2];
+  reader_->Read(base_, queries, false, absl::InfiniteFuture(),
+                [&](size_t query, const ReadResult& result) {
+                  for (const ReadMemory& read : result.memories) ranks[query].push_back(read.rank);
+                  if (!result.last) return;
+                  statuses[query] = result.status;
+                  ended[query].Notify();
+                });
+  EXPECT_TRUE(ended[0].Wait());
+  EXPECT_TRUE(ended[1].Wait());
+  EXPECT_THAT(ranks[0], ElementsAre(0, 2));
+  EXPECT_EQ(statuses[0].code(), absl::StatusCode::kDataLoss) << statuses[0];
+  EXPECT_THAT(std::string(statuses[0].message()), HasSubstr(bad));
+  EXPECT_THAT(ranks[1], ElementsAre(0, 1, 2));
+  EXPECT_EQ(statuses[1], absl::OkStatus());
+  EXPECT_EQ(base_->requests(), 1);  // not asked for again and again
+
+  // A request's chunks say it; a request that wants all its memories fails. Nothing in the cache.
+  engine_.reset();
+  base_ = std::make_shared<FakeBase>(memories_, config_.head_dim);
+  Start();
+  EngineRequest request = Request(RandomIds(config_, 20, 24), 10);
+  const std::vector<int> read = base_->Find(tokenizer_.DecodeQuery(request.prompt), kTopK);
+  base_->SetUnreadable(read[0], absl::DataLossError("record: checksum mismatch"));
+  const auto sink = Run(request);
+  ASSERT_EQ(sink->provenance_.size(), 2u);
+  EXPECT_TRUE(sink->provenance_[0].unavailable());
+  ASSERT_EQ(sink->provenance_[0].memories_size(), kTopK - 1);
+  for (const auto& memory : sink->provenance_[0].memories())
+    EXPECT_NE(memory.record_id(), FakeBase::IdOf(read[0]).view());
+  request.memory.fail_if_unavailable = true;
+  const absl::Status failed = Submit(request)->Wait();
+  EXPECT_TRUE(absl::IsUnavailable(failed));
+  EXPECT_THAT(std::string(failed.message()), HasSubstr("checksum mismatch"));
+  base_->SetUnreadable(read[0], absl::OkStatus());  // repaired
+  EXPECT_EQ(Run(request)->tokens_, Offline(request).tokens);
+}
+
+// What came before a retrieval failed does not pile up in the cache.
+TEST_F(EngineTest, TheCacheKeepsToItsBoundThoughEveryRetrievalFails) {
+  Start({}, {}, /*cache_bytes=*/1);
+  base_->SetParts(kTopK);
+  base_->FailAfterParts(absl::DeadlineExceededError("too late"));
+  const int64_t one = memories_[0].values.size() * static_cast<int64_t>(sizeof(float));
+  for (int i = 0; i < 26; ++i) {
+    Once ended;
+    reader_->Read(base_, {{absl::StrCat("query ", i), kTopK, std::nullopt, {}}}, false,
+                  absl::InfiniteFuture(), [&](size_t, const ReadResult& result) {
+                    if (result.last) ended.Notify();
+                  });
+    EXPECT_TRUE(ended.Wait());
+  }
+  // Of thirteen memories those of the last retrievals, which may have been in use just then.
+  EXPECT_LE(reader_->stats().cache_bytes, 2 * kTopK * one);
 }
 
 TEST_F(EngineTest, AWaitEndsAtTheCap) {
@@ -319,6 +421,36 @@ TEST_F(EngineTest, LogprobsEchoAndScoreAreTheOfflineOnes) {
   EXPECT_FALSE(Run(score)->score_.greedy);
 }
 
+// A client that goes away at a token gets no further one: its place is free within that step.
+TEST_F(EngineTest, ACancelTakesEffectBeforeTheNextStep) {
+  Start({}, {.max_running = 1});
+  for (const bool abort : {false, true}) {
+    EngineRequest request = Request(RandomIds(config_, 70, 51), 100);
+    request.request_id = "mine";
+    auto sink = std::make_shared<KeepingSink>();
+    std::atomic<uint64_t> number = 0;
+    Once taken;
+    sink->OnEvent([&, raw = sink.get()] {
+      if (raw->tokens_.size() != 3) return;
+      EXPECT_TRUE(taken.Wait());
+      if (abort) {
+        EXPECT_TRUE(engine_->Abort("default", "mine").ok());
+      } else {
+        engine_->Cancel(number);
+      }
+    });
+    const auto submitted = engine_->Submit(std::move(request), sink);
+    ASSERT_TRUE(submitted.ok()) << submitted.status();
+    number = *submitted;
+    taken.Notify();
+    const auto next = Submit(Request({5, 6}, 4));  // waits for the only place
+    EXPECT_EQ(absl::IsCancelled(sink->Wait()), !abort);
+    EXPECT_EQ(sink->tokens_.size(), 3u);
+    EXPECT_TRUE(next->Wait().ok());
+    ExpectIdle();
+  }
+}
+
 TEST_F(EngineTest, BadRequestsNameTheField) {
   Start({.kv_pages = 16, .memory_slots = 4}, {.max_waiting = 1});
   const auto error = [&](const std::function<void(EngineRequest&)>& change) {
@@ -339,6 +471,13 @@ TEST_F(EngineTest, BadRequestsNameTheField) {
   EXPECT_THAT(error([](auto& r) { r.sampling.temperature = NAN; }), HasSubstr("temperature"));
   EXPECT_THAT(error([](auto& r) { r.memory.references_per_chunk = 5; }),
               HasSubstr("references_per_chunk is 5, the limit is 4"));
+  EXPECT_THAT(error([](auto& r) { r.memory.min_score = NAN; }), HasSubstr("memory.min_score"));
+  EXPECT_THAT(error([](auto& r) { r.memory.deadline = -absl::Seconds(1); }),
+              HasSubstr("memory.deadline"));
+  // Scores.
+  EXPECT_THAT(error([](auto& r) { r.continuation = {5, 96}; }), HasSubstr("continuation.ids[1]"));
+  EXPECT_THAT(error([](auto& r) { r.continuation = std::vector<int32_t>(1000, 5); }),
+              HasSubstr("longest context"));
 }
 
 TEST_F(EngineTest, AFullQueueIsResourceExhaustedAndShutdownEndsAll) {

@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
+#include <future>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -257,6 +259,56 @@ TEST_F(HttpGatewayTest, AClientThatVanishesFreesItsPlace) {
   }
 }
 
+// Holds the engine's thread at its first event.
+class HoldingSink final : public EventSink {
+ public:
+  explicit HoldingSink(std::shared_future<void> go_on) : go_on_(std::move(go_on)) {}
+  void Send(v1::GenerateResponse /*event*/) override { go_on_.wait(); }
+  void Scored(ContinuationScore /*score*/) override {}
+  void End(absl::Status /*status*/) override {}
+
+ private:
+  const std::shared_future<void> go_on_;
+};
+
+TEST_F(HttpGatewayTest, AFullQueueIs429WithRetryAfter) {
+  Start(/*memory=*/false, {.max_running = 1, .max_waiting = 1});
+  std::promise<void> refused;
+  const std::shared_future<void> go_on = refused.get_future();
+  v1::GenerateRequest request;
+  request.set_text("Once");
+  const auto await_stats = [&](const std::function<bool(const EngineStats&)>& there) {
+    const auto limit = std::chrono::steady_clock::now() + seconds(60);
+    while (!there(inference_->stats()) && std::chrono::steady_clock::now() < limit)
+      std::this_thread::yield();
+    return there(inference_->stats());
+  };
+  // One runs, one waits.
+  for (int i = 0; i < 2; ++i) {
+    const auto taken =
+        inference_->Generate(Identity(), request, std::make_shared<HoldingSink>(go_on));
+    ASSERT_TRUE(taken.ok()) << taken.status();
+    EXPECT_TRUE(await_stats([&](const EngineStats& stats) { return stats.waiting == i; }));
+  }
+  const Json body = {{"model", "stories260K"}, {"prompt", "Once"}, {"max_tokens", 5}};
+  for (const bool stream : {false, true}) {
+    Json more = body;
+    more["stream"] = stream;
+    const httplib::Result answer = Post("/v1/completions", more);
+    EXPECT_EQ(answer->status, 429);
+    EXPECT_THAT(Json::parse(answer->body)["error"]["message"].get<std::string>(),
+                HasSubstr("queue is full"));
+    const int ms = std::stoi(answer->get_header_value("retry-after-ms"));
+    EXPECT_GE(ms, 100);
+    EXPECT_LE(ms, 60'000);
+    EXPECT_EQ(std::stoi(answer->get_header_value("Retry-After")), (ms + 999) / 1000);
+  }
+  refused.set_value();
+  EXPECT_TRUE(await_stats(
+      [](const EngineStats& stats) { return stats.running == 0 && stats.waiting == 0; }));
+  EXPECT_EQ(Post("/v1/completions", body)->status, 200);
+}
+
 TEST_F(HttpGatewayTest, BadRequestsAreAnsweredInOpenAisWords) {
   Start(/*memory=*/false);
   const Json good = {{"model", "stories260K"}, {"prompt", "Once"}};
@@ -273,7 +325,13 @@ TEST_F(HttpGatewayTest, BadRequestsAreAnsweredInOpenAisWords) {
   EXPECT_EQ(error({{"prompt", {100000}}}), "400 \"prompt[0]\"");
   EXPECT_EQ(error({{"logit_bias", {{"100000", 1}}}}), "400 \"logit_bias\"");
   EXPECT_EQ(error({{"max_tokens", 5}, {"min_tokens", 6}}), "400 \"min_tokens\"");
-  EXPECT_EQ(Client().Post("/v1/completions", "{", "application/json")->status, 400);
+  EXPECT_EQ(error({{"top_p", 0}}), "400 \"top_p\"");
+  EXPECT_EQ(error({{"prompt", ""}}), "400 \"prompt\"");
+  EXPECT_EQ(error({{"prompt", std::string(1 << 19, 'a')}}), "400 \"prompt\"");
+  for (const char* broken : {"{", R"({"model":"stories260K","prompt":"Once","temperature":NaN})",
+                             "{\"model\":\"stories260K\",\"prompt\":\"\xc3\x28\"}"}) {
+    EXPECT_EQ(Client().Post("/v1/completions", broken, "application/json")->status, 400) << broken;
+  }
   EXPECT_EQ(Client().Post("/v1/nothing", "{}", "application/json")->status, 404);
   EXPECT_EQ(Client().Delete("/v1/models")->status, 405);
   for (const char* path : {"/", "/app.js", "/style.css"}) {

@@ -263,7 +263,8 @@ bool Inference::MayBlock(const v1::MemoryOptions& memory) {
 }
 
 absl::StatusOr<MemoryPlan> Inference::PlanMemory(const LoadedModel& model, const Identity& identity,
-                                                 const v1::MemoryOptions& options) const {
+                                                 const v1::MemoryOptions& options,
+                                                 absl::Time arrived) const {
   const ExplicitMemoryConfig* geometry = model.engine->decoder().memory();
   if (model.source == nullptr || geometry == nullptr) {
     return absl::FailedPreconditionError(
@@ -272,10 +273,10 @@ absl::StatusOr<MemoryPlan> Inference::PlanMemory(const LoadedModel& model, const
   }
   absl::StatusOr<MemoryPlan> plan = ToMemoryPlan(options, geometry->references_per_chunk);
   if (!plan.ok()) return plan.status();
-  const absl::Time begin = absl::Now();
+  // The wait for a thread that may block counts too.
   absl::StatusOr<std::shared_ptr<MemoryBase>> base = model.source->Open(
-      identity.tenant, options.knowledge_base(), begin + plan->deadline.value_or(model.wait_cap));
-  plan->waited = absl::Now() - begin;
+      identity.tenant, options.knowledge_base(), arrived + plan->deadline.value_or(model.wait_cap));
+  plan->waited = absl::Now() - arrived;
   if (base.ok()) {
     // Aliases are resolved; rights are on what they stand for.
     if (absl::Status status = identity.Require(Right::kRead, (*base)->name()); !status.ok())
@@ -345,8 +346,7 @@ Layout LayoutFor(const LoadedModel& model, bool memory) {
 
 absl::StatusOr<uint64_t> Inference::Generate(const Identity& identity,
                                              const v1::GenerateRequest& request,
-                                             std::shared_ptr<EventSink> sink) {
-  const absl::Time received = absl::Now();
+                                             std::shared_ptr<EventSink> sink, absl::Time arrived) {
   const auto take = [&]() -> absl::StatusOr<uint64_t> {
     absl::StatusOr<Use> model = Enter();
     if (!model.ok()) return model.status();
@@ -364,12 +364,12 @@ absl::StatusOr<uint64_t> Inference::Generate(const Identity& identity,
       engine_request->request_id = absl::StrFormat("generate-%016x", RandomNumber());
     if (!request.sampling().has_seed()) engine_request->sampling.seed = RandomNumber();
     if (*memory) {
-      absl::StatusOr<MemoryPlan> plan = PlanMemory(**model, identity, request.memory());
+      absl::StatusOr<MemoryPlan> plan = PlanMemory(**model, identity, request.memory(), arrived);
       if (!plan.ok()) return plan.status();
       engine_request->memory = *std::move(plan);
     }
     return Submit(**model, *std::move(engine_request),
-                  std::make_shared<ObservedSink>(std::move(sink), metrics_, requests_, received));
+                  std::make_shared<ObservedSink>(std::move(sink), metrics_, requests_, arrived));
   };
   absl::StatusOr<uint64_t> number = take();
   if (!number.ok()) metrics_->Refused(absl::StatusCodeToString(number.status().code()));
@@ -377,8 +377,7 @@ absl::StatusOr<uint64_t> Inference::Generate(const Identity& identity,
 }
 
 absl::StatusOr<uint64_t> Inference::Score(const Identity& identity, const v1::ScoreRequest& request,
-                                          ScoreCallback done) {
-  const absl::Time received = absl::Now();
+                                          ScoreCallback done, absl::Time arrived) {
   const auto take = [&]() -> absl::StatusOr<uint64_t> {
     absl::StatusOr<Use> model = Enter();
     if (!model.ok()) return model.status();
@@ -397,13 +396,13 @@ absl::StatusOr<uint64_t> Inference::Score(const Identity& identity, const v1::Sc
     engine_request->tenant = identity.tenant;
     engine_request->layout = LayoutFor(**model, *memory);
     if (*memory) {
-      absl::StatusOr<MemoryPlan> plan = PlanMemory(**model, identity, request.memory());
+      absl::StatusOr<MemoryPlan> plan = PlanMemory(**model, identity, request.memory(), arrived);
       if (!plan.ok()) return plan.status();
       engine_request->memory = *std::move(plan);
     }
     auto sink = std::make_shared<ScoreSink>(std::move(done), *engine_request->continuation);
     return Submit(**model, *std::move(engine_request),
-                  std::make_shared<ObservedSink>(std::move(sink), metrics_, requests_, received));
+                  std::make_shared<ObservedSink>(std::move(sink), metrics_, requests_, arrived));
   };
   absl::StatusOr<uint64_t> number = take();
   if (!number.ok()) metrics_->Refused(absl::StatusCodeToString(number.status().code()));

@@ -25,6 +25,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "inference_server/engine.h"
 #include "inference_server/inference_metrics.h"
@@ -63,10 +64,12 @@ class Inference {
   // Generate and Score may block while the knowledge base is looked up at the memory server, for as
   // long as the request's policy lets a chunk wait at most. They answer a number for Cancel, and
   // call `sink` (`done`) only where they do; that may be before they return.
+  // `arrived`: what the request's times and deadlines count from.
   absl::StatusOr<uint64_t> Generate(const Identity& identity, const v1::GenerateRequest& request,
-                                    std::shared_ptr<EventSink> sink);
+                                    std::shared_ptr<EventSink> sink,
+                                    absl::Time arrived = absl::Now());
   absl::StatusOr<uint64_t> Score(const Identity& identity, const v1::ScoreRequest& request,
-                                 ScoreCallback done);
+                                 ScoreCallback done, absl::Time arrived = absl::Now());
   // True: Generate (Score) with these options asks the memory server, so that it may block.
   static bool MayBlock(const v1::MemoryOptions& memory);
   // Ends it within a decode step; its sink hears CANCELLED. Unknown numbers do nothing.
@@ -104,7 +107,7 @@ class Inference {
   void Leave() const;
   // What `options` ask for, with the knowledge base opened.
   absl::StatusOr<MemoryPlan> PlanMemory(const LoadedModel& model, const Identity& identity,
-                                        const v1::MemoryOptions& options) const;
+                                        const v1::MemoryOptions& options, absl::Time arrived) const;
   absl::StatusOr<uint64_t> Submit(const LoadedModel& model, EngineRequest request,
                                   std::shared_ptr<EventSink> sink);
 

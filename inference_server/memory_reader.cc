@@ -179,6 +179,10 @@ void MemoryReader::Received(const std::shared_ptr<Retrieval>& retrieval,
                                            " of ", retrieval->queries.size(), " queries"));
     }
     if (!answer.ok()) {
+      {
+        const std::lock_guard cache_lock(mutex_);
+        Shrink();  // parts of it may have come
+      }
       Fail(*retrieval, answer.status());
       return;
     }
@@ -264,6 +268,13 @@ std::vector<RecordId> MemoryReader::Missing(Retrieval& retrieval, const SourceAn
   for (size_t q = 0; q < retrieval.queries.size(); ++q) {
     Retrieval::Query& query = retrieval.queries[q];
     const auto give_up = [&](const Retrieval::Query::Hit& wanted) {
+      if (const auto bad = answer.unreadable.find(wanted.hit.id); bad != answer.unreadable.end()) {
+        // A hit's record that is gone is lost as well.
+        query.status = absl::Status(
+            absl::IsNotFound(bad->second) ? absl::StatusCode::kDataLoss : bad->second.code(),
+            bad->second.message());
+        return true;
+      }
       // Asked for again it is no hit any more: it has been deleted meanwhile.
       const auto same = [&](const SourceHit& hit) { return hit.id == wanted.hit.id; };
       if (std::none_of(answer.queries[q].begin(), answer.queries[q].end(), same)) return true;

@@ -2,8 +2,9 @@
 // cache, decodes it on its own threads. The cache is bounded in bytes, evicts what was used longest
 // ago, is shared by all requests, and is consulted only for ids that a retrieval has just returned.
 //
-// A record that is damaged or another model's is never handed out: its query has an error status
-// beside the memories that are sound, and the record leaves the cache.
+// A record that is damaged, another model's or cannot be read is never handed out: the queries that
+// hit it have an error status (DATA_LOSS where it is damaged or gone) beside the memories that are
+// sound, other queries are not affected, and the record leaves the cache.
 //
 // Thread-safety: any thread. Ownership: memories that are in use stay, whatever the cache evicts; a
 // reader's destructor waits for retrievals under way. The embedder must outlive the reader.

@@ -60,6 +60,9 @@ struct SourceAnswer {
   std::vector<std::vector<SourceHit>> queries;  // by falling score, at most one hit a record
   // Of records that the source believes are not here yet.
   absl::flat_hash_map<RecordId, RecordBytes> records;
+  // Of the hits' records those that the store cannot read, and why; never of a part. They are not
+  // here, and their next hit tries again.
+  absl::flat_hash_map<RecordId, absl::Status> unreadable = {};
 };
 
 struct SourceRequest {

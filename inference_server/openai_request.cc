@@ -492,11 +492,12 @@ std::string OpenAiParam(std::string_view message) {
   if (end == 0 || !(follows(": ") || follows(" is ") || follows(" has "))) return "";
   std::string param(message.substr(0, end));
   // The engine's words for what OpenAI's clients call otherwise.
-  static constexpr std::array<std::pair<std::string_view, std::string_view>, 4> kNames = {{
+  static constexpr std::array<std::pair<std::string_view, std::string_view>, 5> kNames = {{
       {"stopping.max_new_tokens", "max_tokens"},
       {"stopping.min_new_tokens", "min_tokens"},
       {"memory.deadline", "memory.deadline_ms"},
       {"prompt.token_ids", "prompt"},
+      {"prompt.text", "prompt"},
   }};
   for (const auto& [ours, theirs] : kNames) {
     if (param == ours || (param.substr(0, ours.size()) == ours && param[ours.size()] == '['))

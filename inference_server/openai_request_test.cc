@@ -232,6 +232,7 @@ TEST(OpenAiRequestTest, TheEnginesMessagesNameOpenAisFields) {
   EXPECT_EQ(OpenAiParam("stopping.stop: a string is empty"), "stop");
   EXPECT_EQ(OpenAiParam("prompt.token_ids[3] is 600, not in the vocabulary"), "prompt[3]");
   EXPECT_EQ(OpenAiParam("prompt has 600 tokens; the longest context is 512"), "prompt");
+  EXPECT_EQ(OpenAiParam("prompt.text has 600000 bytes; the longest context is 512"), "prompt");
   EXPECT_EQ(OpenAiParam("memory.deadline is negative"), "memory.deadline_ms");
   EXPECT_EQ(OpenAiParam("logit_bias: token id 9 is not in the vocabulary"), "logit_bias");
   EXPECT_EQ(OpenAiParam("the queue is full: 3 requests wait"), "");

@@ -36,6 +36,7 @@ absl::StatusOr<SourceAnswer> FromWire(RetrieveAnswer answer) {
   absl::StatusOr<SourceAnswer> result = FromWire(std::move(answer.hits));
   if (!result.ok()) return result.status();
   for (auto& [id, record] : answer.records) result->records[id] = {*record, record};
+  result->unreadable = std::move(answer.unreadable);
   return result;
 }
 
@@ -70,7 +71,8 @@ RemoteMemorySource::RemoteMemorySource(RemoteMemoryOptions options, ReaderIdenti
       reader_(std::move(reader)),
       client_(std::move(client)),
       pause_(options_.first_pause),
-      thread_([this] { Run(); }) {}
+      thread_([this] { Run(); }),
+      watch_([this] { WatchWrites(); }) {}
 
 RemoteMemorySource::~RemoteMemorySource() { Shutdown(); }
 
@@ -81,6 +83,7 @@ void RemoteMemorySource::Shutdown() {
   }
   changed_.notify_all();
   if (thread_.joinable()) thread_.join();
+  if (watch_.joinable()) watch_.join();
 }
 
 absl::Status RemoteMemorySource::CheckTenant(std::string_view tenant) const {
@@ -145,6 +148,8 @@ absl::StatusOr<std::shared_ptr<MemoryBase>> RemoteMemorySource::Open(
 absl::StatusOr<v1::GetKnowledgeBaseResponse> RemoteMemorySource::Ask(
     const v1::GetKnowledgeBaseRequest& request, absl::Time deadline) {
   const absl::Time begin = absl::Now();
+  if (begin >= deadline)
+    return absl::DeadlineExceededError("the time to look the knowledge base up is over");
   {
     const std::lock_guard lock(mutex_);
     if (begin < ask_at_)
@@ -314,6 +319,12 @@ void RemoteMemorySource::Run() {
       stream_.reset();  // without the lock: its last callbacks take it
       stream_ = client_->OpenRetrieve();
     }
+    {
+      const std::lock_guard lock(mutex_);
+      if (ending_) break;
+      writing_ = stream_.get();
+      changed_.notify_all();
+    }
     for (auto& [number, request] : to_send) {
       stream_->Send(
           std::move(request),
@@ -324,6 +335,9 @@ void RemoteMemorySource::Run() {
             PartCame(n, so_far, fresh);
           });
     }
+    const std::lock_guard lock(mutex_);
+    writing_ = nullptr;
+    changed_.notify_all();
   }
   stream_.reset();
   std::map<uint64_t, Pending> left;
@@ -333,6 +347,23 @@ void RemoteMemorySource::Run() {
   }
   for (auto& [number, pending] : left)
     pending.done(absl::CancelledError("the memory source is shutting down"));
+}
+
+void RemoteMemorySource::WatchWrites() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    changed_.wait(lock, [this] { return ending_ || writing_ != nullptr; });
+    absl::Time limit = absl::InfiniteFuture();
+    for (const auto& [number, pending] : pending_) {
+      if (pending.sent) limit = std::min(limit, pending.deadline + kAnswerGrace);
+    }
+    const auto over = [this] { return ending_ || writing_ == nullptr; };
+    if (!changed_.wait_until(lock, absl::ToChronoTime(limit), over) || ending_) {
+      if (writing_ != nullptr) writing_->Cancel();
+      changed_.wait(lock, [this] { return writing_ == nullptr; });
+    }
+    if (ending_) return;
+  }
 }
 
 void RemoteMemorySource::Answered(uint64_t number, uint64_t generation,
@@ -365,6 +396,10 @@ void RemoteMemorySource::Answered(uint64_t number, uint64_t generation,
         } else if (!here_.contains(id)) {
           evicted_.push_back(id);
         }
+      }
+      // The server may believe that these are here: what came damaged.
+      for (const auto& [id, why] : answer->unreadable) {
+        if (!here_.contains(id)) evicted_.push_back(id);
       }
     }
     if (found == pending_.end()) return;

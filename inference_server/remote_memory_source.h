@@ -5,7 +5,7 @@
 //
 // While the server cannot be reached, retrievals wait for it for `patience` from the moment it was
 // lost; from then on they fail at once, but for one that tries again after each pause. A server
-// that does not answer by a retrieval's deadline loses its stream too.
+// that does not answer by a retrieval's deadline, or does not even read it, loses its stream too.
 //
 // Thread-safety: as MemorySource. Open and List are calls over the network and block for at most
 // the client's time-out. Ownership: its bases must be gone before the source is.
@@ -76,6 +76,8 @@ class RemoteMemorySource final : public MemorySource {
   void Retrieve(const Base& base, SourceRequest request, SourceCallback done);
   void Evicted(const RecordId& id);
   void Run();
+  // Ends the stream of a write that blocks beyond a retrieval's deadline, or while shutting down.
+  void WatchWrites();
   // The next three: mutex_ is held.
   bool Runnable() const;
   absl::Time NextEvent() const;
@@ -105,7 +107,9 @@ class RemoteMemorySource final : public MemorySource {
   absl::flat_hash_map<std::string, std::shared_ptr<Base>> last_known_;
   absl::Time ask_at_ = absl::InfinitePast();  // not before
   absl::Duration ask_pause_;                  // zero: the server answered last time
+  RetrieveStream* writing_ = nullptr;         // what the thread is writing to
   std::thread thread_;
+  std::thread watch_;
 };
 
 }  // namespace memory3

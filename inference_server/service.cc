@@ -155,18 +155,19 @@ std::optional<absl::Duration> InferenceServiceImpl::RetryHint(const absl::Status
 template <typename Request, typename Call, typename Submit>
 void InferenceServiceImpl::Admit(const grpc::CallbackServerContext& context, const Buffer& buffer,
                                  std::shared_ptr<Call> call, Submit submit) {
+  const absl::Time arrived = absl::Now();
   absl::StatusOr<Identity> identity = Authenticate(context);
   auto request = std::make_shared<Request>();
   absl::Status status = identity.ok() ? ParseMessage(buffer, request.get()) : identity.status();
   if (status.ok()) {
     const bool may_block = Inference::MayBlock(request->memory());
-    status =
-        RunAdmission(may_block, [this, call, request, submit, identity = *std::move(identity)] {
+    status = RunAdmission(
+        may_block, [this, call, request, submit, arrived, identity = *std::move(identity)] {
           if (call->cancelled()) {
             call->Refused(absl::CancelledError("the client is gone"), std::nullopt);
             return;
           }
-          const absl::StatusOr<uint64_t> number = submit(identity, *request);
+          const absl::StatusOr<uint64_t> number = submit(identity, *request, arrived);
           if (number.ok()) {
             call->Taken(*number);
           } else {
@@ -198,8 +199,8 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* InferenceServiceImpl::Generate(
   const std::shared_ptr<GenerateStream> stream =
       GenerateStream::Create(context, inference_, &pump_, options_.stream_buffer_bytes, Open());
   Admit<v1::GenerateRequest>(*context, *request, stream,
-                             [this, stream](const Identity& identity, const auto& r) {
-                               return inference_->Generate(identity, r, stream);
+                             [this, stream](const Identity& identity, const auto& r, absl::Time t) {
+                               return inference_->Generate(identity, r, stream, t);
                              });
   return stream.get();
 }
@@ -209,12 +210,14 @@ grpc::ServerUnaryReactor* InferenceServiceImpl::GenerateUnary(grpc::CallbackServ
                                                               Buffer* response) {
   const std::shared_ptr<UnaryCall> call = UnaryCall::Create(context, response, inference_, Open());
   Admit<v1::GenerateRequest>(
-      *context, *request, call, [this, call](const Identity& identity, const auto& r) {
+      *context, *request, call,
+      [this, call](const Identity& identity, const auto& r, absl::Time t) {
         return inference_->Generate(
             identity, r,
             CollectUnary([call](const absl::StatusOr<v1::GenerateUnaryResponse>& answer) {
               call->End(answer);
-            }));
+            }),
+            t);
       });
   return call.get();
 }
@@ -223,10 +226,11 @@ grpc::ServerUnaryReactor* InferenceServiceImpl::Score(grpc::CallbackServerContex
                                                       const Buffer* request, Buffer* response) {
   const std::shared_ptr<UnaryCall> call = UnaryCall::Create(context, response, inference_, Open());
   Admit<v1::ScoreRequest>(
-      *context, *request, call, [this, call](const Identity& identity, const auto& r) {
+      *context, *request, call,
+      [this, call](const Identity& identity, const auto& r, absl::Time t) {
         return inference_->Score(
             identity, r,
-            [call](const absl::StatusOr<v1::ScoreResponse>& answer) { call->End(answer); });
+            [call](const absl::StatusOr<v1::ScoreResponse>& answer) { call->End(answer); }, t);
       });
   return call.get();
 }

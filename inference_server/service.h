@@ -65,8 +65,8 @@ class InferenceServiceImpl final : public RawInferenceService {
   // Runs `work` here, or, where it may block, on an admission thread. RESOURCE_EXHAUSTED: too many
   // wait for one.
   absl::Status RunAdmission(bool may_block, std::function<void()> work);
-  // Identity and message of a call that becomes a request of the engine's: `submit` gives its
-  // number or why there is none, and `call` is told.
+  // Identity and message of a call that becomes a request of the engine's: `submit`, also given
+  // when the call came, gives its number or why there is none, and `call` is told.
   template <typename Request, typename Call, typename Submit>
   void Admit(const grpc::CallbackServerContext& context, const Buffer& buffer,
              std::shared_ptr<Call> call, Submit submit);

@@ -158,11 +158,23 @@ absl::StatusOr<bool> RetrieveStream::Add(v1::RetrieveResponse head, grpc::ByteBu
     const auto partial = pending.partial.find(id);
     if (partial == pending.partial.end() || partial->second.size() != pending.sizes[id]) continue;
     const absl::StatusOr<RecordHeader> checked = CheckRecord(partial->second);
-    if (!checked.ok()) return Damaged(id, checked.status());
-    pending.answer.records[id] = std::make_shared<const std::string>(std::move(partial->second));
+    if (checked.ok()) {
+      pending.answer.records[id] = std::make_shared<const std::string>(std::move(partial->second));
+      fresh->push_back(id);
+    } else {
+      pending.answer.unreadable[id] = Damaged(id, checked.status());
+    }
     pending.partial.erase(partial);
-    fresh->push_back(id);
   }
+  for (const v1::RetrieveResponse::UnreadableRecord& unreadable : head.unreadable()) {
+    const absl::StatusOr<RecordId> id = IdOf(unreadable.record_id());
+    if (!id.ok()) return id.status();
+    if (!pending.sizes.contains(*id))
+      return Damaged(*id, absl::DataLossError("it belongs to no hit"));
+    const absl::Status why(static_cast<absl::StatusCode>(unreadable.code()), unreadable.message());
+    pending.answer.unreadable[*id] = why.ok() ? absl::DataLossError(unreadable.message()) : why;
+  }
+  head.clear_unreadable();
   if (head.error_code() != 0)
     return absl::Status(static_cast<absl::StatusCode>(head.error_code()), head.error_message());
   const bool last = head.last();

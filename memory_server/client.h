@@ -81,8 +81,11 @@ class LoadWriter final : public PutWriter {
 // One complete answer of Retrieve: the hits, and the records that came with them, checked
 // (CheckRecord).
 struct RetrieveAnswer {
-  v1::RetrieveResponse hits;  // queries, version, took; without pieces
+  v1::RetrieveResponse hits;  // queries, version, took; without pieces and unreadable
   absl::flat_hash_map<RecordId, std::shared_ptr<const std::string>> records;
+  // Of the hits' records those that the server could not read, or that came damaged (DATA_LOSS),
+  // and why. The latter the server believes to be here: report them evicted.
+  absl::flat_hash_map<RecordId, absl::Status> unreadable;
 };
 
 // One Retrieve stream. Requests are answered in order; several may be under way.
@@ -96,7 +99,7 @@ class RetrieveStream {
 
   ~RetrieveStream();  // ends the stream; callbacks under way get CANCELLED before it returns
   // `done` runs on the stream's reading thread, exactly once; it must not block for long, nor
-  // destroy the stream. DATA_LOSS where a record came damaged: it is in no answer. After
+  // destroy the stream. DATA_LOSS where the answer's messages do not fit together. After
   // UNAVAILABLE the stream is dead: open another (the server has forgotten what this client holds;
   // say so with `held`). `part`, where given, is told on the same thread of what comes before the
   // last message of the answer, whose parts are in it all the same.

@@ -75,6 +75,14 @@ class ClientTest : public ::testing::Test {
     service_.script[1].set_last(last);
   }
   absl::StatusOr<RetrieveAnswer> Ask() { return stream_->Retrieve({}); }
+  // Why an answer, or the record in it, is refused.
+  absl::Status Refused() {
+    const absl::StatusOr<RetrieveAnswer> answer = Ask();
+    if (!answer.ok()) return answer.status();
+    EXPECT_TRUE(answer->records.empty());
+    const auto why = answer->unreadable.find(store_testing::MakeId(1));
+    return why == answer->unreadable.end() ? absl::OkStatus() : why->second;
+  }
 
   const std::string id_ = std::string(store_testing::MakeId(1).view());
   const std::string record_ = store_testing::MakeRecord(1);
@@ -122,7 +130,7 @@ TEST_F(ClientTest, EveryFlippedBitIsFound) {
     std::string damaged = record_;
     damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ (1 << bit % 8));
     Answer(damaged, damaged.size() / 2);
-    const absl::Status status = Ask().status();
+    const absl::Status status = Refused();
     ASSERT_EQ(status.code(), absl::StatusCode::kDataLoss) << "bit " << bit;
     ASSERT_THAT(std::string(status.message()), HasSubstr(store_testing::MakeId(1).ToHex()));
   }
@@ -131,13 +139,56 @@ TEST_F(ClientTest, EveryFlippedBitIsFound) {
   EXPECT_TRUE(Ask().ok());
 }
 
+// One record of two is damaged on the way, or could not be read: the other one is there.
+TEST_F(ClientTest, OneUnreadableRecordLeavesTheOthers) {
+  const RecordId other = store_testing::MakeId(2);
+  const auto add_other = [&] {
+    auto& hit = *service_.script[0].mutable_queries(0)->add_hits();
+    hit.set_record_id(std::string(other.view()));
+    hit.set_record_bytes(store_testing::MakeRecord(2).size());
+    auto& piece = *service_.script[1].add_pieces();
+    piece.set_record_id(hit.record_id());
+    piece.set_data(store_testing::MakeRecord(2));
+  };
+  std::string damaged = record_;
+  damaged[140] ^= 1;
+  Answer(damaged, damaged.size() / 2);
+  add_other();
+  absl::StatusOr<RetrieveAnswer> answer = Ask();
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  EXPECT_EQ(*answer->records.at(other), store_testing::MakeRecord(2));
+  EXPECT_EQ(answer->records.size(), 1u);
+  EXPECT_EQ(answer->unreadable.at(store_testing::MakeId(1)).code(), absl::StatusCode::kDataLoss);
+
+  // Codes that mean nothing are damage.
+  for (const auto& [code, meant] : {std::pair{uint32_t{14}, absl::StatusCode::kUnavailable},
+                                    {uint32_t{5}, absl::StatusCode::kNotFound},
+                                    {uint32_t{0}, absl::StatusCode::kDataLoss}}) {
+    Answer(record_, record_.size() / 2);
+    service_.script[0].clear_pieces();
+    service_.script[1].clear_pieces();
+    add_other();
+    auto& unreadable = *service_.script[1].add_unreadable();
+    unreadable.set_record_id(id_);
+    unreadable.set_code(code);
+    unreadable.set_message("a bad sector");
+    answer = Ask();
+    ASSERT_TRUE(answer.ok()) << answer.status();
+    EXPECT_EQ(answer->records.size(), 1u);
+    EXPECT_EQ(answer->unreadable.at(store_testing::MakeId(1)), absl::Status(meant, "a bad sector"));
+    EXPECT_EQ(answer->hits.unreadable_size(), 0);
+  }
+  service_.script[1].mutable_unreadable(0)->set_record_id(std::string(32, 'x'));
+  EXPECT_EQ(Ask().status().code(), absl::StatusCode::kDataLoss);  // of no hit
+}
+
 TEST_F(ClientTest, ShortenedRecordsAndGapsAreFound) {
   for (const size_t size : {size_t{0}, size_t{1}, size_t{127}, record_.size() - 1}) {
     Answer(record_.substr(0, size), size / 2);
-    EXPECT_EQ(Ask().status().code(), absl::StatusCode::kDataLoss) << size;
+    EXPECT_EQ(Refused().code(), absl::StatusCode::kDataLoss) << size;
   }
   Answer(record_ + "x", (record_.size() + 1) / 2);
-  EXPECT_EQ(Ask().status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(Refused().code(), absl::StatusCode::kDataLoss);
   for (const uint64_t offset :
        {uint64_t{0}, record_.size() / 2 - 1, record_.size() / 2 + 1, UINT64_MAX}) {
     Answer(record_, offset);

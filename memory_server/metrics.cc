@@ -45,6 +45,11 @@ MemoryServerMetrics::MemoryServerMetrics(MemoryStore* store)
                         .Help("Bytes of records sent")
                         .Register(registry_)
                         .Add({})),
+      unreadable_(prometheus::BuildCounter()
+                      .Name("memory3_retrieve_unreadable_records_total")
+                      .Help("Records of hits that could not be read")
+                      .Register(registry_)
+                      .Add({})),
       streams_(prometheus::BuildGauge()
                    .Name("memory3_retrieve_streams")
                    .Help("Open Retrieve streams")
@@ -76,11 +81,12 @@ void MemoryServerMetrics::CountRequest(const std::string& method, const absl::St
 }
 
 void MemoryServerMetrics::CountRetrieve(uint64_t queries, uint64_t hits, uint64_t held_hits,
-                                        uint64_t record_bytes) {
+                                        uint64_t record_bytes, uint64_t unreadable) {
   queries_.Increment(static_cast<double>(queries));
   hits_.Increment(static_cast<double>(hits));
   held_hits_.Increment(static_cast<double>(held_hits));
   record_bytes_.Increment(static_cast<double>(record_bytes));
+  unreadable_.Increment(static_cast<double>(unreadable));
 }
 
 }  // namespace memory3

@@ -22,7 +22,9 @@ class MemoryServerMetrics {
   explicit MemoryServerMetrics(MemoryStore* store);
 
   void CountRequest(const std::string& method, const absl::Status& status, absl::Duration took);
-  void CountRetrieve(uint64_t queries, uint64_t hits, uint64_t held_hits, uint64_t record_bytes);
+  // `unreadable`: records of the hits that could not be read.
+  void CountRetrieve(uint64_t queries, uint64_t hits, uint64_t held_hits, uint64_t record_bytes,
+                     uint64_t unreadable);
   void StreamOpened() { streams_.Increment(); }
   void StreamClosed() { streams_.Decrement(); }
   uint32_t open_streams() const { return static_cast<uint32_t>(streams_.Value()); }
@@ -40,6 +42,7 @@ class MemoryServerMetrics {
   prometheus::Counter& hits_;
   prometheus::Counter& held_hits_;
   prometheus::Counter& record_bytes_;
+  prometheus::Counter& unreadable_;
   prometheus::Gauge& streams_;
 };
 

@@ -233,7 +233,7 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     size_t next_ready = 0;
     absl::Status status;
     absl::Time begun;
-    uint64_t hits = 0, held_hits = 0, bytes = 0;
+    uint64_t hits = 0, held_hits = 0, bytes = 0, unreadable = 0;
   };
 
   // The rest of the answer is an error; the stream goes on.
@@ -314,8 +314,7 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     if (held) {
       ++answer_.held_hits;
     } else if (with_records) {
-      // A later hit of this answer finds it held. Should reading fail the client gets an error for
-      // the whole answer, and ReadMore takes it back.
+      // A later hit of this answer finds it held. Should reading fail ReadSome takes it back.
       held_.Insert(hit.record_id);
       answer_.to_read.emplace_back(hit.record_id, hit.record_bytes);
     }
@@ -384,10 +383,16 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
     return message;
   }
 
-  // Reads the next records and cuts them into pieces. False: there are none, or reading failed.
+  // Reads records until some can be sent, and cuts them into pieces. False: there are none.
   bool ReadMore() {
     answer_.ready.clear();
     answer_.next_ready = 0;
+    while (answer_.ready.empty() && answer_.next_to_read < answer_.to_read.size()) ReadSome();
+    return !answer_.ready.empty();
+  }
+
+  // The next message's records. What cannot be read is said in the head.
+  void ReadSome() {
     std::vector<RecordId> ids;
     for (uint64_t bytes = 0; answer_.next_to_read < answer_.to_read.size();
          ++answer_.next_to_read) {
@@ -396,29 +401,29 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
       ids.push_back(id);
       bytes += size;
     }
-    if (ids.empty()) return false;
     const std::vector<absl::StatusOr<RecordView>> records = answer_.records->Read(ids);
     for (size_t i = 0; i < ids.size(); ++i) {
       if (!records[i].ok()) {
-        for (size_t j = 0; j < answer_.to_read.size(); ++j) held_.Erase(answer_.to_read[j].first);
-        FailAnswer(absl::Status(
-            records[i].status().code(),
-            absl::StrCat("record ", ids[i].ToHex(), ": ", records[i].status().message())));
-        return false;
+        held_.Erase(ids[i]);
+        ++answer_.unreadable;
+        v1::RetrieveResponse::UnreadableRecord& out = *answer_.head.add_unreadable();
+        out.set_record_id(std::string(ids[i].view()));
+        out.set_code(static_cast<uint32_t>(records[i].status().raw_code()));
+        out.set_message(std::string(records[i].status().message()));
+        continue;
       }
       const std::string_view record = records[i]->bytes;
       for (size_t at = 0; at < record.size(); at += kMaxPieceBytes) {
         answer_.ready.push_back({ids[i], at, record.substr(at, kMaxPieceBytes), records[i]->owner});
       }
     }
-    return true;
   }
 
   void EndAnswer() {
     outgoing_.Clear();
     streams_->metrics_->CountRequest("Retrieve", answer_.status, absl::Now() - answer_.begun);
     streams_->metrics_->CountRetrieve(answer_.queries.size(), answer_.hits, answer_.held_hits,
-                                      answer_.bytes);
+                                      answer_.bytes, answer_.unreadable);
     answer_ = {};
     bool finish = false;
     {

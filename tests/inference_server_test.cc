@@ -453,6 +453,17 @@ TEST_F(InferenceMemoryTest, WhatIsWrongWithARequestIsNamed) {
   score.set_text("Once");
   v1::ScoreResponse scored;
   EXPECT_THAT(client.Call(&Stub::Score, score, &scored).error_message(), HasSubstr("continuation"));
+  score.mutable_continuation_ids()->add_ids(512);
+  status = client.Call(&Stub::Score, score, &scored);
+  EXPECT_EQ(status.error_code(), invalid);
+  EXPECT_THAT(status.error_message(), HasSubstr("continuation.ids[0] is 512"));
+  score.mutable_continuation_ids()->mutable_ids()->Resize(2000, 5);
+  score.mutable_continuation_ids()->set_ids(0, 5);
+  status = client.Call(&Stub::Score, score, &scored);
+  EXPECT_EQ(status.error_code(), invalid);
+  EXPECT_THAT(status.error_message(), HasSubstr("prompt and continuation have"));
+  score.set_text("");
+  EXPECT_THAT(client.Call(&Stub::Score, score, &scored).error_message(), HasSubstr("prompt.text"));
 
   // And it goes on.
   ExpectAsOffline(client.Generate(RequestOf(prompt, 10, "stories")), prompt, 10);

@@ -8,7 +8,10 @@
 
 #include <algorithm>
 #include <csignal>
+#include <filesystem>
+#include <fstream>
 #include <map>
+#include <set>
 #include <thread>
 
 #include "absl/synchronization/mutex.h"
@@ -250,6 +253,86 @@ TEST_F(InferenceStoreTest, ReadsNoRecordThatIsDamagedOrAnotherModels) {
   }
 }
 
+// A bit of one record flips on the store's disk: the chunks that find it read their other memories,
+// requests that do not find it notice nothing.
+TEST_F(InferenceStoreTest, ARecordDamagedOnDiskCostsItsOwnChunksOnly) {
+  const auto ids_read = [&](const std::vector<int32_t>& prompt) {
+    std::set<std::string> ids;
+    for (const ChunkRead& read : offline_->Generate(prompt, 70, true).reads)
+      ids.insert(read.memory_ids.begin(), read.memory_ids.end());
+    return ids;
+  };
+  // A record that one prompt's chunks find and another's do not.
+  const std::set<std::string> finds = ids_read(prompt_);
+  std::vector<int32_t> other;
+  size_t bad = offline_->references();
+  for (int seed = 0; seed < 20 && bad == offline_->references(); ++seed) {
+    other = StoryIds(*offline_, 40, seed);
+    const std::set<std::string> others = ids_read(other);
+    for (size_t i = 0; i < offline_->references(); ++i) {
+      const std::string id(offline_->IdOf(i).view());
+      if (finds.contains(id) && !others.contains(id)) bad = i;
+    }
+  }
+  ASSERT_LT(bad, offline_->references());
+  const std::string bad_id(offline_->IdOf(bad).view());
+
+  v1::CreateSnapshotRequest snapshot;  // writes all out of the log into files
+  snapshot.set_name("flush");
+  ASSERT_TRUE(memory_->Connect()->Call(&MemoryClient::Stub::CreateSnapshot, snapshot).ok());
+  memory_->process().Signal(SIGTERM);
+  ASSERT_EQ(memory_->process().Wait(), 0);
+  const std::string payload = offline_->RecordOf(bad, offline_->fingerprint()).substr(5000, 64);
+  int damaged = 0;
+  for (const auto& file : std::filesystem::recursive_directory_iterator(directory_ / "store")) {
+    const std::string path = file.path().string();  // a snapshot's files are the same
+    if (file.path().extension() != ".sst" || path.find("snapshots") != std::string::npos) continue;
+    std::ifstream in(path, std::ios::binary);
+    std::string bytes((std::istreambuf_iterator<char>(in)), {});
+    const size_t at = bytes.find(payload);
+    if (at == std::string::npos) continue;
+    bytes[at] = static_cast<char>(bytes[at] ^ 4);
+    std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+    ++damaged;
+  }
+  ASSERT_EQ(damaged, 1);
+  memory_ = std::make_unique<MemoryProcess>(directory_ / "store");
+
+  const std::vector<int32_t> expected = offline_->Generate(other, 70, true).tokens;
+  for (const std::string& source : {memory_->target(), "embedded:" + (directory_ / "store")}) {
+    SCOPED_TRACE(source);
+    if (source.starts_with("embedded:")) {
+      memory_->process().Signal(SIGTERM);
+      ASSERT_EQ(memory_->process().Wait(), 0);
+    }
+    server_.reset();
+    StartInference(source);
+    for (int round = 0; round < 2; ++round) {  // from the store, then from the caches
+      Generated with, without;
+      std::thread sound(
+          [&] { without = server_->client().Generate(RequestOf(other, 70, "stories")); });
+      with = server_->client().Generate(Request());
+      sound.join();
+      ASSERT_TRUE(without.status.ok()) << without.status.error_message();
+      EXPECT_EQ(without.ids, expected);
+      for (const auto& chunk : without.provenance) EXPECT_FALSE(chunk.unavailable());
+      ASSERT_TRUE(with.status.ok()) << with.status.error_message();
+      int missing = 0;
+      for (const auto& chunk : with.provenance) {
+        EXPECT_EQ(chunk.memories_size(), chunk.unavailable() ? 4 : 5) << chunk.ShortDebugString();
+        for (const auto& memory : chunk.memories()) EXPECT_NE(memory.record_id(), bad_id);
+        missing += chunk.unavailable() ? 1 : 0;
+      }
+      EXPECT_GE(missing, 1);
+    }
+    v1::GenerateRequest strict = Request();
+    strict.mutable_memory()->set_on_unavailable(v1::MemoryOptions::FAIL);
+    const Generated failed = server_->client().Generate(strict);
+    EXPECT_EQ(failed.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+    EXPECT_THAT(failed.status.error_message(), HasSubstr(offline_->IdOf(bad).ToHex()));
+  }
+}
+
 TEST_F(InferenceStoreTest, ADeadlineIsKeptWhileTheStoreTakesFiveSeconds) {
   Forwarder forwarder(memory_->target(), offline_.get());
   StartInference(forwarder.target());
@@ -284,6 +367,25 @@ TEST_F(InferenceStoreTest, ADeadlineIsKeptWhileTheStoreTakesFiveSeconds) {
   const Generated unknown = server_->client().Generate(WithDeadline(kDeadline));
   ExpectDegraded(unknown);
   EXPECT_LT(unknown.first_token, kDeadline + kSlack);
+
+  // So do many at once, more than can look their knowledge base up side by side.
+  StartInference(forwarder.target());
+  std::vector<Generated> crowd(160);
+  std::vector<std::thread> clients;
+  for (Generated& got : crowd) {
+    clients.emplace_back([&] {
+      v1::GenerateRequest request = WithDeadline(kDeadline);
+      request.mutable_stopping()->set_max_new_tokens(3);
+      got = server_->client().Generate(request);
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  absl::Duration longest;
+  for (const Generated& got : crowd) {
+    ASSERT_TRUE(got.status.ok()) << got.status.error_message();
+    longest = std::max(longest, got.first_token);
+  }
+  EXPECT_LT(longest, kDeadline + 2 * kSlack);
 
   // Of an answer whose last record is late the others are read.
   StartInference(forwarder.target());

@@ -2,6 +2,7 @@
 // memories whose answers follow from the query's text alone, a sink that keeps what it is sent.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <functional>
@@ -116,11 +117,13 @@ class FakeBase final : public MemoryBase {
     }
     worker_.Add([this, request = std::move(request), done = std::move(done)] {
       const absl::StatusOr<SourceAnswer> parts = TellParts(request);
+      absl::Status late;
       {
         std::unique_lock lock(mutex_);
         changed_.wait(lock, [this] { return open_; });
+        late = late_failure_;
       }
-      done(parts.ok() ? parts : Answer(request));
+      done(!late.ok() ? late : parts.ok() ? parts : Answer(request));
     });
   }
   void Evicted(const RecordId& id) override {
@@ -144,8 +147,18 @@ class FakeBase final : public MemoryBase {
     const std::lock_guard lock(mutex_);
     failure_ = std::move(status);
   }
+  // What ends a retrieval once its parts are told.
+  void FailAfterParts(absl::Status status) {
+    const std::lock_guard lock(mutex_);
+    late_failure_ = std::move(status);
+  }
   // The n-th byte of a memory's record.
   void Damage(int memory, size_t byte) { (*records_[memory])[byte] ^= 1; }
+  // The store cannot read the memory's record; OK: it can again.
+  void SetUnreadable(int memory, absl::Status why) {
+    const std::lock_guard lock(mutex_);
+    unreadable_[memory] = std::move(why);
+  }
   int requests() const {
     const std::lock_guard lock(mutex_);
     return requests_;
@@ -205,7 +218,13 @@ class FakeBase final : public MemoryBase {
         hit.id = IdOf(i);
         hit.score = score /= 2;
         hit.sources.emplace_back().set_title(absl::StrCat("title ", i));
-        if (sent_.insert(hit.id).second) answer.records[hit.id] = {*records_[i], records_[i]};
+        if (sent_.contains(hit.id)) continue;
+        if (const auto bad = unreadable_.find(i); bad != unreadable_.end() && !bad->second.ok()) {
+          answer.unreadable[hit.id] = bad->second;
+          continue;
+        }
+        sent_.insert(hit.id);
+        answer.records[hit.id] = {*records_[i], records_[i]};
       }
     }
     return answer;
@@ -217,7 +236,8 @@ class FakeBase final : public MemoryBase {
   mutable std::condition_variable changed_;
   bool open_ = true;
   int parts_ = 0;
-  absl::Status failure_;
+  absl::Status failure_, late_failure_;
+  std::map<int, absl::Status> unreadable_;
   int requests_ = 0, queries_ = 0, evictions_ = 0;
   absl::flat_hash_set<RecordId> sent_;
   WorkerThreads worker_;
@@ -327,7 +347,8 @@ class EngineTest : public ::testing::Test {
         &embedder_, WriterOf("model"),
         MemoryShape{static_cast<int>(memory.memory_layers.size()), config_.kv_heads,
                     memory.tokens_kept, config_.head_dim},
-        MemoryReaderOptions{cache_bytes, 2, device_decodes_vq});
+        MemoryReaderOptions{cache_bytes, 2, device_decodes_vq,
+                            [this](absl::Duration /*took*/) { ++retrieved_; }});
     options.model_name = "small";
     auto engine = Engine::Create(TestDecoder(model_, decoder), &tokenizer_, reader_.get(), options);
     ASSERT_TRUE(engine.ok()) << engine.status();
@@ -397,6 +418,7 @@ class EngineTest : public ::testing::Test {
   std::shared_ptr<FakeBase> base_;
   ByteTokenizer tokenizer_;
   NumberEmbedder embedder_;
+  std::atomic<int> retrieved_ = 0;  // retrievals whose callers have heard all of it
   std::unique_ptr<MemoryReader> reader_;
   std::unique_ptr<Engine> engine_;
 };
