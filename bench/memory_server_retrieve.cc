@@ -623,7 +623,8 @@ int Main(int argc, char** argv) {
   ratio("qps_vs_grpc_1", "ours_1", "grpc_1", "");
   for (const std::string& name : order)
     report.Add("qps_" + name, Quantile(settings[name].qps, 0.5), "/s");
-  for (const char* name : {"ours_1", "ours_16", "ours_440k", "in_process_1", "search_1"}) {
+  for (const char* name : {"ours_1", "ours_16", "grpc_16", "redis_16", "ours_440k", "grpc_440k",
+                           "in_process_1", "search_1"}) {
     if (!settings.contains(name)) continue;
     const std::string suffix = std::string(name).rfind("ours_", 0) == 0 ? name + 5 : name;
     report.Add("p50_ms_" + suffix, Quantile(settings[name].latencies, 0.5), "ms");
