@@ -9,7 +9,9 @@
 //   memory_server_retrieve [--scale 1] [--seconds 2] [--rounds 3] [--directory DIR] [--out DIR]
 // --scale 1 is the size the targets are stated for: 100 k records of 38.5 KiB (and 4 k of 440 KiB);
 // 6 GB of disk, and 4 GB of memory for Redis. --only PART measures those settings whose name has
-// it. All ratios are medians of those within one round.
+// it. All ratios are medians of those within one round. cpu_ms is processor time of an answer, in
+// the server and in this process, which is the client: unlike rates it says something on a busy
+// machine.
 #include <grpcpp/create_channel.h>
 #include <grpcpp/generic/async_generic_service.h>
 #include <grpcpp/impl/codegen/rpc_method.h>
@@ -24,10 +26,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <iostream>
 #include <map>
 #include <random>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -432,14 +436,32 @@ struct Setting {
   std::vector<std::unique_ptr<Client>> clients;
   const Queries* queries = nullptr;
   uint64_t bytes_per_answer = 0;
-  std::vector<double> qps;        // a round each
-  std::vector<double> latencies;  // of all rounds, ms
+  std::vector<double> qps;                // a round each
+  std::vector<double> latencies;          // of all rounds, ms
+  pid_t server = 0;                       // 0: none
+  double client_cpu = 0, server_cpu = 0;  // processor time of all rounds, seconds
 };
+
+// Processor time that a process has taken.
+double CpuSeconds(pid_t process) {
+  std::ifstream stat(Message("/proc/", process, "/stat"));
+  std::string line;
+  std::getline(stat, line);
+  std::istringstream fields(line.substr(std::min(line.size(), line.rfind(')') + 2)));
+  std::string field;
+  double ticks = 0;
+  for (int i = 3; i <= 15 && fields >> field; ++i) {  // numbered as in proc(5)
+    if (i >= 14) ticks += std::atof(field.c_str());
+  }
+  return ticks / static_cast<double>(sysconf(_SC_CLK_TCK));
+}
 
 void RunRound(Setting& setting, double seconds) {
   std::vector<std::vector<double>> latencies(setting.clients.size());
   std::vector<std::thread> threads;
   threads.reserve(setting.clients.size());
+  const double client_cpu = CpuSeconds(getpid());
+  const double server_cpu = setting.server != 0 ? CpuSeconds(setting.server) : 0;
   const Clock::time_point start = Clock::now();
   for (size_t c = 0; c < setting.clients.size(); ++c) {
     threads.emplace_back([&, c] {
@@ -453,6 +475,8 @@ void RunRound(Setting& setting, double seconds) {
   }
   for (std::thread& thread : threads) thread.join();
   const double took = Seconds(start);
+  setting.client_cpu += CpuSeconds(getpid()) - client_cpu;
+  if (setting.server != 0) setting.server_cpu += CpuSeconds(setting.server) - server_cpu;
   size_t answers = 0;
   for (const std::vector<double>& l : latencies) {
     answers += l.size();
@@ -574,6 +598,8 @@ int Main(int argc, char** argv) {
     setting.name = name;
     setting.queries = &shape == &kLarge ? &large_queries : &small_queries;
     setting.bytes_per_answer = kTopK * Payloads(shape)[0].size();
+    if (name.rfind("ours", 0) == 0) setting.server = server.pid();
+    if (name.rfind("grpc", 0) == 0) setting.server = bare.pid();
     for (int i = 0; i < clients; ++i) setting.clients.push_back(make());
     order.push_back(name);
   };
@@ -605,7 +631,8 @@ int Main(int argc, char** argv) {
 
   for (const std::string& name : order) RunRound(settings[name], 0.25 * seconds);
   for (const std::string& name : order)
-    settings[name].qps.clear(), settings[name].latencies.clear();
+    settings[name].qps.clear(), settings[name].latencies.clear(),
+        settings[name].client_cpu = settings[name].server_cpu = 0;
   for (int round = 0; round < rounds; ++round) {
     for (const std::string& name : order) RunRound(settings[name], seconds);
   }
@@ -623,11 +650,19 @@ int Main(int argc, char** argv) {
   ratio("qps_vs_grpc_1", "ours_1", "grpc_1", "");
   for (const std::string& name : order)
     report.Add("qps_" + name, Quantile(settings[name].qps, 0.5), "/s");
-  for (const char* name : {"ours_1", "ours_16", "ours_440k", "in_process_1", "search_1"}) {
+  for (const char* name : {"ours_1", "ours_16", "grpc_16", "redis_16", "ours_440k", "grpc_440k",
+                           "in_process_1", "search_1"}) {
     if (!settings.contains(name)) continue;
     const std::string suffix = std::string(name).rfind("ours_", 0) == 0 ? name + 5 : name;
     report.Add("p50_ms_" + suffix, Quantile(settings[name].latencies, 0.5), "ms");
     report.Add("p99_ms_" + suffix, Quantile(settings[name].latencies, 0.99), "ms");
+  }
+  for (const char* name : {"ours_16", "grpc_16", "ours_440k", "grpc_440k"}) {
+    if (!settings.contains(name)) continue;
+    const Setting& setting = settings[name];
+    const auto answers = static_cast<double>(setting.latencies.size());
+    report.Add(Message("cpu_ms_client_", name), 1000 * setting.client_cpu / answers, "ms");
+    report.Add(Message("cpu_ms_server_", name), 1000 * setting.server_cpu / answers, "ms");
   }
   report.Add("held_bytes", static_cast<double>(HeldBytes(target, scaled(kSmall), small_queries)),
              "bytes", "< 1024");

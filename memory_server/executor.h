@@ -1,7 +1,7 @@
-// A fixed number of threads that run queued work in order of arrival. Whoever queues bounds the
-// queue: a Retrieve stream has at most one piece of work in it.
+// A fixed number of threads that run queued work in order of arrival, what is to be first before
+// the rest. Whoever queues bounds the queue: a Retrieve stream has at most one piece of work in it.
 //
-// Thread-safety: Run from any thread. The destructor finishes what is queued, then joins.
+// Thread-safety: Run and RunFirst from any thread. The destructor finishes what is queued, then joins.
 #pragma once
 
 #include <deque>
@@ -31,25 +31,33 @@ class Executor {
     absl::MutexLock lock(&mutex_);
     queue_.push_back(std::move(work));
   }
+  // Before all that was given to Run and has not begun.
+  void RunFirst(std::function<void()> work) {
+    absl::MutexLock lock(&mutex_);
+    first_.push_back(std::move(work));
+  }
 
  private:
-  bool Ready() const ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return stopping_ || !queue_.empty(); }
+  bool Ready() const ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return stopping_ || !first_.empty() || !queue_.empty();
+  }
 
   void Work() {
     for (;;) {
       std::function<void()> work;
       {
         absl::MutexLock lock(&mutex_, absl::Condition(this, &Executor::Ready));
-        if (queue_.empty()) return;
-        work = std::move(queue_.front());
-        queue_.pop_front();
+        std::deque<std::function<void()>>& next = first_.empty() ? queue_ : first_;
+        if (next.empty()) return;
+        work = std::move(next.front());
+        next.pop_front();
       }
       work();
     }
   }
 
   absl::Mutex mutex_;
-  std::deque<std::function<void()>> queue_ ABSL_GUARDED_BY(mutex_);
+  std::deque<std::function<void()>> first_ ABSL_GUARDED_BY(mutex_), queue_ ABSL_GUARDED_BY(mutex_);
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<std::thread> threads_;
 };

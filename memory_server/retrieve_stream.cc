@@ -164,8 +164,9 @@ class RetrieveStreams::Stream : public grpc::ServerBidiReactor<grpc::ByteBuffer,
         stream->FailAnswer(result.status());
       }
     }
+    // Before requests that came later are searched: an answer that has been found frees its client.
     for (Stream* stream : streams.subspan(1)) {
-      all.executor_.Run([stream] { stream->Produce(); });
+      all.executor_.RunFirst([stream] { stream->Produce(); });
     }
     streams[0]->Produce();
   }
@@ -509,10 +510,17 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* RetrieveStreams::Op
 }
 
 void RetrieveStreams::SearchSoon(Stream* stream) {
-  {
-    absl::MutexLock lock(&asked_mutex_);
-    asked_.push_back(stream);
-  }
+  absl::MutexLock lock(&asked_mutex_);
+  asked_.push_back(stream);
+  QueueSearch();
+}
+
+// One search in the queue is enough for all that wait. With one a request those left over when
+// requests were taken together would stand before the answers found since, and let requests pass
+// them that came later.
+void RetrieveStreams::QueueSearch() {
+  if (search_queued_ || asked_.empty()) return;
+  search_queued_ = true;
   executor_.Run([this] { SearchSome(); });
 }
 
@@ -520,10 +528,12 @@ void RetrieveStreams::SearchSome() {
   std::vector<Stream*> begun;
   {
     absl::MutexLock lock(&asked_mutex_);
-    // A fair share: the other threads take the rest. Nothing: others took it.
+    // A fair share; another thread takes of the rest.
     const size_t share = std::min(kMaxStreamsTogether, (asked_.size() + threads_ - 1) / threads_);
     begun.assign(asked_.begin(), asked_.begin() + static_cast<ptrdiff_t>(share));
     asked_.erase(asked_.begin(), asked_.begin() + static_cast<ptrdiff_t>(share));
+    search_queued_ = false;
+    QueueSearch();
   }
   std::erase_if(begun, [](Stream* stream) { return !stream->BeginAnswer(); });
   while (!begun.empty()) {

@@ -48,6 +48,7 @@ class RetrieveStreams {
   // The stream has a request to be answered. Requests that wait at the same time and ask the same
   // version share a pass over its index.
   void SearchSoon(Stream* stream);
+  void QueueSearch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(asked_mutex_);
   void SearchSome();
 
   MemoryStore* const store_;
@@ -58,6 +59,7 @@ class RetrieveStreams {
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Mutex asked_mutex_;
   std::deque<Stream*> asked_ ABSL_GUARDED_BY(asked_mutex_);
+  bool search_queued_ ABSL_GUARDED_BY(asked_mutex_) = false;
   const size_t threads_;
   Executor executor_;  // last: its threads end before the rest goes
 };
