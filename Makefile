@@ -16,9 +16,10 @@ build: configure ## build everything
 	@cmake --build $(BUILD) -j $(JOBS)
 
 programs: configure ## build what people run, without tests and benchmarks: half the time
-	@cmake --build $(BUILD) -j $(JOBS) --target memory3 memory_server inference_server trainer
+	@cmake --build $(BUILD) -j $(JOBS) --target programs
 
-test: build      ## set up, build and run the fast tests
+test: configure  ## set up, build and run the fast tests
+	@cmake --build $(BUILD) -j $(JOBS) --target tested
 	@ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
 
 bench: build     ## NAME=decoder_cpu, or all this machine can run
