@@ -292,7 +292,8 @@ TEST_F(EngineTest, AScoreLeavesEachGenerationItsRow) {
 // The wait for the memories of a prompt that others have computed wholly ends where it begins.
 TEST_F(EngineTest, AWaitIsCountedOnceWhereThePromptIsShared) {
   Start({.kv_pages = 80}, {.prompt_cache_pages = 24});
-  const EngineRequest request = Request(RandomIds(config_, 128, 97), 140);
+  // No generated chunk has a retrieval, whose wait would count as well.
+  const EngineRequest request = Request(RandomIds(config_, 128, 97), 60);
   Run(request);
   const int before = base_->queries();
   base_->SetOpen(false);
