@@ -1,7 +1,8 @@
 // A fixed number of threads that run queued work in order of arrival, what is to be first before
 // the rest. Whoever queues bounds the queue: a Retrieve stream has at most one piece of work in it.
 //
-// Thread-safety: Run and RunFirst from any thread. The destructor finishes what is queued, then joins.
+// Thread-safety: Run and RunFirst from any thread. The destructor finishes what is queued, then
+// joins.
 #pragma once
 
 #include <deque>
