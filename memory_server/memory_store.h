@@ -259,6 +259,21 @@ struct StoreStatus {
   absl::Status writable;     // not OK: why writes fail now
 };
 
+// Puts batches into a load, each checked and made ready while the one before it is written: a load
+// that is sent by one caller then goes at the pace of the database's writes alone.
+//
+// Thread-safety: one thread. Must not outlive its store; destroying it waits for what is under way.
+class LoadPutter {
+ public:
+  virtual ~LoadPutter() = default;
+  // As MemoryStore::PutLoad without `wait`, but it may answer before `entries` are written. An
+  // error, also of the batch before, is the last: later calls answer it too and put nothing.
+  // `entries` keep alive what they point to.
+  virtual absl::Status Put(std::shared_ptr<const std::vector<NewEntry>> entries) = 0;
+  // Answers when all is written (`wait`: and synced); counts what all calls together added.
+  virtual absl::StatusOr<PutResult> Finish(bool wait) = 0;
+};
+
 class MemoryStore {
  public:
   virtual ~MemoryStore() = default;
@@ -323,6 +338,9 @@ class MemoryStore {
   // As Put, into a load; the result counts what this call added.
   virtual absl::StatusOr<PutResult> PutLoad(std::string_view tenant, std::string_view load_id,
                                             std::span<const NewEntry> entries, bool wait) = 0;
+  // NOT_FOUND: there is no such load.
+  virtual absl::StatusOr<std::unique_ptr<LoadPutter>> OpenLoadPutter(std::string_view tenant,
+                                                                     std::string_view load_id) = 0;
   virtual absl::StatusOr<DocumentPage> ListLoadedDocuments(std::string_view tenant,
                                                            std::string_view load_id,
                                                            uint32_t page_size,

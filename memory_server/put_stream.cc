@@ -89,18 +89,23 @@ absl::Status PutStream::Finish() {
 
 absl::Status PutStream::PutBatch() {
   if (batch_.empty()) return absl::OkStatus();
-  std::vector<NewEntry> entries(batch_.size());
-  for (size_t i = 0; i < batch_.size(); ++i) {
-    const v1::Entry& message = batch_[i].message;
-    entries[i] = {FromProto(message.source()),
-                  batch_[i].record_id,
-                  {message.embedding().data(), static_cast<size_t>(message.embedding_size())},
-                  batch_[i].record};
-  }
-  absl::Status status = put_(entries);
-  batch_.clear();
+  struct Owned {
+    std::vector<Pending> messages;
+    std::vector<NewEntry> entries;
+  };
+  const auto owned = std::make_shared<Owned>();
+  owned->messages = std::exchange(batch_, {});
   batch_bytes_ = 0;
-  return status;
+  owned->entries.reserve(owned->messages.size());
+  for (const Pending& pending : owned->messages) {
+    const v1::Entry& message = pending.message;
+    owned->entries.push_back(
+        {FromProto(message.source()),
+         pending.record_id,
+         {message.embedding().data(), static_cast<size_t>(message.embedding_size())},
+         pending.record});
+  }
+  return put_(std::shared_ptr<const std::vector<NewEntry>>(owned, &owned->entries));
 }
 
 }  // namespace memory3

@@ -1,5 +1,5 @@
 // Puts the messages of a Put or PutLoad stream together: entries, their records from pieces,
-// batches of a few MiB for the store. Holds one batch at a time, so that the store's pace is the
+// batches of a few MiB for the store. Collects one batch at a time, so that the store's pace is the
 // stream's.
 //
 // Thread-safety: one thread.
@@ -7,7 +7,7 @@
 
 #include <cstdint>
 #include <functional>
-#include <span>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -19,9 +19,9 @@ namespace memory3 {
 
 class PutStream {
  public:
-  // `put`: takes a batch, all or nothing.
-  explicit PutStream(std::function<absl::Status(std::span<const NewEntry>)> put)
-      : put_(std::move(put)) {}
+  // Takes a batch, all or nothing; it keeps alive what its entries point to.
+  using PutFunction = std::function<absl::Status(std::shared_ptr<const std::vector<NewEntry>>)>;
+  explicit PutStream(PutFunction put) : put_(std::move(put)) {}
 
   // The next message (`entry` or `record_piece`; moved from). INVALID_ARGUMENT names entry and
   // field, or what `put` answered; the stream is over then.
@@ -41,7 +41,7 @@ class PutStream {
   std::string Name(const v1::Entry& entry) const;
   absl::Status PutBatch();
 
-  const std::function<absl::Status(std::span<const NewEntry>)> put_;
+  const PutFunction put_;
   std::vector<Pending> batch_;
   size_t batch_bytes_ = 0;
   uint64_t taken_ = 0;  // entries, for messages

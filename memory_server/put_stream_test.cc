@@ -43,9 +43,9 @@ class PutStreamTest : public ::testing::Test {
 
   absl::Status put_status_;
   std::vector<std::vector<Put>> batches_;
-  PutStream stream_{[this](std::span<const NewEntry> entries) {
+  PutStream stream_{[this](const std::shared_ptr<const std::vector<NewEntry>>& entries) {
     batches_.emplace_back();
-    for (const NewEntry& entry : entries) {
+    for (const NewEntry& entry : *entries) {
       batches_.back().push_back({entry.source.document_id,
                                  std::string(entry.record),
                                  {entry.embedding.begin(), entry.embedding.end()}});

@@ -129,6 +129,10 @@ class GatedStore : public MemoryStore {
   absl::Status DeleteSnapshot(std::string_view) override { return No(); }
   absl::StatusOr<BackupInfo> CreateBackup(std::string_view) override { return No(); }
   absl::Status RestoreBackup(std::string_view, std::optional<uint64_t>) override { return No(); }
+  absl::StatusOr<std::unique_ptr<LoadPutter>> OpenLoadPutter(std::string_view,
+                                                             std::string_view) override {
+    return No();
+  }
   StoreStatus GetStatus() override { return {}; }
   absl::Status Writable() override { return absl::OkStatus(); }
 

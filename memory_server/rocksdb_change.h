@@ -49,6 +49,19 @@ struct RocksDbCore::Batch {
   absl::flat_hash_map<RecordId, std::string_view> records;  // bytes given
 };
 
+struct RocksDbCore::ReadyPut {
+  std::weak_ptr<RocksDbCore> core;  // that made it ready
+  std::shared_ptr<Load> load;
+  absl::Time begun;
+  Batch batch;
+  std::vector<std::string> row_keys;     // by name
+  std::vector<std::string> record_keys;  // as RecordKeysOf
+  // True: build `changes`, too, all that is to be written where nothing of the batch is there yet.
+  bool build = false;
+  bool built = false;
+  rocksdb::WriteBatch changes;  // its memory is used again
+};
+
 struct RocksDbCore::Change {
   Change() = default;
   // Borrows the memory of `scratch`: large batches would otherwise fault in new pages each time.

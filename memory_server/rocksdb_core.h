@@ -98,6 +98,8 @@ struct Load {
   // written under the store's write lock.
   std::vector<uint64_t> below;
   std::atomic<bool> cancelled{false};
+  // Of the batch written last no entry and no record had been there; so it is likely of the next.
+  std::atomic<bool> all_new{true};
 
   mutable std::mutex mu;
   std::condition_variable ended;
@@ -160,6 +162,12 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
                                             std::optional<uint64_t> expected_entries);
   absl::StatusOr<PutResult> PutLoad(std::string_view tenant, std::string_view load_id,
                                     std::span<const NewEntry> entries, bool wait);
+  // PutLoad in two steps, the first of which takes no write lock. `entries` are needed until the
+  // second is done.
+  struct ReadyPut;
+  absl::Status PreparePutLoad(std::string_view tenant, std::string_view load_id,
+                              std::span<const NewEntry> entries, ReadyPut* ready);
+  absl::StatusOr<PutResult> WritePutLoad(ReadyPut* ready);
   absl::StatusOr<DocumentPage> ListLoadedDocuments(std::string_view tenant,
                                                    std::string_view load_id, uint32_t page_size,
                                                    std::string_view page_token);
@@ -236,9 +244,16 @@ class RocksDbCore : public std::enable_shared_from_this<RocksDbCore> {
   absl::StatusOr<Batch> Prepare(const KnowledgeBase& kb, std::span<const NewEntry> entries) const;
   absl::Status CheckNoReplace(const KnowledgeBase& kb) const;
   bool HasOpenAppend(const KnowledgeBase& kb) const;
+  // The keys of the batch's distinct records, ascending.
+  static std::vector<std::string> RecordKeysOf(const KnowledgeBase& kb, const Batch& batch);
+  // The bytes of those records that are held.
+  using HeldBytes = std::vector<std::optional<uint64_t>>;
+  absl::StatusOr<HeldBytes> LookUpRecords(std::span<const std::string> keys) const;
   absl::Status PutEntries(const KnowledgeBase& kb, const std::string& segment_prefix,
-                          uint64_t segment, const Batch& batch, const std::vector<bool>& replaced,
-                          Change* change, uint64_t* new_records);
+                          uint64_t segment, const Batch& batch,
+                          std::span<const std::string> record_keys, const HeldBytes& held,
+                          const std::vector<bool>& replaced, Change* change,
+                          uint64_t* new_records) const;
   absl::Status RemoveRow(const KnowledgeBase& kb, const std::string& segment_prefix,
                          uint64_t segment, std::string_view suffix, const EntryRow& row,
                          bool leave_tombstone, Change* change);

@@ -157,84 +157,127 @@ absl::StatusOr<BeginLoadResult> RocksDbCore::BeginLoad(std::string_view tenant,
 
 absl::StatusOr<PutResult> RocksDbCore::PutLoad(std::string_view tenant, std::string_view load_id,
                                                std::span<const NewEntry> entries, bool wait) {
-  const absl::Time begun = absl::Now();
+  ReadyPut ready;
+  if (absl::Status s = PreparePutLoad(tenant, load_id, entries, &ready); !s.ok()) return s;
+  absl::StatusOr<PutResult> result = WritePutLoad(&ready);
+  if (!result.ok() || !wait) return result;
+  if (absl::Status s = db_->Sync(); !s.ok()) return s;
+  return result;
+}
+
+absl::Status RocksDbCore::PreparePutLoad(std::string_view tenant, std::string_view load_id,
+                                         std::span<const NewEntry> entries, ReadyPut* ready) {
+  ready->core = weak_from_this();
+  ready->begun = absl::Now();
   absl::StatusOr<std::shared_ptr<Load>> found = FindLoad(tenant, load_id);
   if (!found.ok()) return found.status();
-  Load& load = **found;
+  ready->load = *found;
+  const Load& load = **found;
   const KnowledgeBase& kb = *load.kb;
   absl::StatusOr<Batch> batch = Prepare(kb, entries);
   if (!batch.ok()) return batch.status();
+  ready->batch = *std::move(batch);
+  const std::string prefix = kb.SegmentPrefix(load.segment->id);
+  ready->row_keys.clear();
+  for (uint32_t i : ready->batch.by_name) {
+    ready->row_keys.push_back(prefix + ready->batch.entries[i].suffix);
+  }
+  ready->record_keys = RecordKeysOf(kb, ready->batch);
+  // Where some records were not sent they must be there, so that it would be built in vain.
+  ready->built =
+      ready->build && load.all_new && ready->batch.records.size() == ready->record_keys.size();
+  if (!ready->built) return absl::OkStatus();
+  Change change;
+  change.track = false;
+  change.batch = std::move(ready->changes);
+  change.batch.Clear();
+  uint64_t ignored = 0;
+  absl::Status put = PutEntries(kb, prefix, load.segment->id, ready->batch, ready->record_keys,
+                                HeldBytes(ready->record_keys.size()),
+                                std::vector<bool>(ready->batch.entries.size()), &change, &ignored);
+  ready->changes = std::move(change.batch);
+  return put;
+}
+
+absl::StatusOr<PutResult> RocksDbCore::WritePutLoad(ReadyPut* ready) {
+  Load& load = *ready->load;
+  const KnowledgeBase& kb = *load.kb;
+  const Batch& batch = ready->batch;
   PutResult result;
+  std::lock_guard write(write_mu_);
+  LoadInfo info;
   {
-    std::lock_guard write(write_mu_);
-    LoadInfo info;
-    {
-      std::lock_guard lock(load.mu);
-      info = load.info;
-    }
-    if (info.state != LoadState::kLoading) return WrongState(info, "put into");
-    if (!batch->entries.empty()) {
-      Segment& segment = *load.segment;
-      const std::string prefix = kb.SegmentPrefix(segment.id);
-      // Entries the load has already are replaced.
-      std::vector<std::optional<EntryRow>> old(batch->entries.size());
-      std::vector<bool> replaced(old.size());
-      Change change(&scratch_);
-      change.track = false;
-      std::vector<std::string> keys;
-      for (uint32_t i : batch->by_name) {
-        if (segment.rows) keys.push_back(prefix + batch->entries[i].suffix);
-      }
-      const auto take = [&](size_t at, const rocksdb::PinnableSlice* value) -> absl::Status {
-        if (value == nullptr) return absl::OkStatus();
-        EntryRow& row = old[batch->by_name[at]].emplace();
-        change.track = true;
-        if (DecodeEntryRow(ToView(*value), &row)) return absl::OkStatus();
-        return absl::DataLossError(Message("a malformed entry row in segment ", segment.id));
-      };
-      if (absl::Status s = db_->GetEach(kEntries, keys, take); !s.ok()) return s;
-      for (size_t i = 0; i < old.size(); ++i) {
-        const Prepared& p = batch->entries[i];
-        if (old[i]) {
-          replaced[i] = true;
-          if (absl::Status s = RemoveRow(kb, prefix, segment.id, p.suffix, *old[i], false, &change);
-              !s.ok()) {
-            return s;
-          }
-        } else {
-          ++info.entries;
-          ++result.entries;
-          auto bytes = batch->records.find(p.entry->record_id);
-          if (bytes != batch->records.end()) info.bytes += bytes->second.size();
-        }
-      }
-      if (absl::Status s =
-              PutEntries(kb, prefix, segment.id, *batch, replaced, &change, &result.new_records);
+    std::lock_guard lock(load.mu);
+    info = load.info;
+  }
+  if (info.state != LoadState::kLoading) return WrongState(info, "put into");
+  if (batch.entries.empty()) return result;
+  Segment& segment = *load.segment;
+  const std::string prefix = kb.SegmentPrefix(segment.id);
+  // Entries the load has already are replaced.
+  std::vector<std::optional<EntryRow>> old(batch.entries.size());
+  bool all_new = true;
+  const auto take = [&](size_t at, const rocksdb::PinnableSlice* value) -> absl::Status {
+    if (value == nullptr) return absl::OkStatus();
+    EntryRow& row = old[batch.by_name[at]].emplace();
+    all_new = false;
+    if (DecodeEntryRow(ToView(*value), &row)) return absl::OkStatus();
+    return absl::DataLossError(Message("a malformed entry row in segment ", segment.id));
+  };
+  if (segment.rows) {
+    if (absl::Status s = db_->GetEach(kEntries, ready->row_keys, take); !s.ok()) return s;
+  }
+  absl::StatusOr<HeldBytes> held = LookUpRecords(ready->record_keys);
+  if (!held.ok()) return held.status();
+  Change change(&scratch_);
+  change.track = !all_new;
+  for (const std::optional<uint64_t>& bytes : *held) all_new &= !bytes.has_value();
+  std::vector<bool> replaced(old.size());
+  for (size_t i = 0; i < old.size(); ++i) {
+    const Prepared& p = batch.entries[i];
+    if (old[i]) {
+      replaced[i] = true;
+      if (absl::Status s = RemoveRow(kb, prefix, segment.id, p.suffix, *old[i], false, &change);
           !s.ok()) {
         return s;
       }
-      if (absl::Status s = DropUnreferenced(kb, &change); !s.ok()) return s;
-      ByteWriter progress;
-      progress.U64(info.entries);
-      progress.U64(info.bytes);
-      change.batch.Put(db_->family(kMetadata), "P" + kb.tenant_prefix + info.load_id,
-                       progress.str());
-      segment.rows = true;
-      if (absl::Status s = db_->Write(&change.batch); !s.ok()) return s;
-      std::lock_guard lock(load.mu);
-      // The first batch, of a load that was resumed too, counts from its own beginning.
-      if (load.rate.empty()) load.rate.push_back({begun, {load.info.entries, load.info.bytes}});
-      load.info.entries = info.entries;
-      load.info.bytes = info.bytes;
-      const absl::Time now = absl::Now();
-      load.rate.push_back({now, {info.entries, info.bytes}});
-      while (load.rate.size() > 2 && now - load.rate.front().first > kRateWindow) {
-        load.rate.pop_front();
-      }
+    } else {
+      ++info.entries;
+      ++result.entries;
+      auto bytes = batch.records.find(p.entry->record_id);
+      if (bytes != batch.records.end()) info.bytes += bytes->second.size();
     }
   }
-  if (wait) {
-    if (absl::Status s = db_->Sync(); !s.ok()) return s;
+  rocksdb::WriteBatch* out = &change.batch;
+  if (all_new && ready->built) {
+    out = &ready->changes;
+    result.new_records += ready->record_keys.size();
+  } else {
+    if (absl::Status s = PutEntries(kb, prefix, segment.id, batch, ready->record_keys, *held,
+                                    replaced, &change, &result.new_records);
+        !s.ok()) {
+      return s;
+    }
+    if (absl::Status s = DropUnreferenced(kb, &change); !s.ok()) return s;
+  }
+  load.all_new = all_new;
+  ByteWriter progress;
+  progress.U64(info.entries);
+  progress.U64(info.bytes);
+  out->Put(db_->family(kMetadata), "P" + kb.tenant_prefix + info.load_id, progress.str());
+  segment.rows = true;
+  if (absl::Status s = db_->Write(out); !s.ok()) return s;
+  std::lock_guard lock(load.mu);
+  // The first batch, of a load that was resumed too, counts from its own beginning.
+  if (load.rate.empty()) {
+    load.rate.push_back({ready->begun, {load.info.entries, load.info.bytes}});
+  }
+  load.info.entries = info.entries;
+  load.info.bytes = info.bytes;
+  const absl::Time now = absl::Now();
+  load.rate.push_back({now, {info.entries, info.bytes}});
+  while (load.rate.size() > 2 && now - load.rate.front().first > kRateWindow) {
+    load.rate.pop_front();
   }
   return result;
 }

@@ -17,6 +17,7 @@
 #include "absl/strings/str_format.h"
 #include "memory_server/encoding.h"
 #include "memory_server/message.h"
+#include "memory_server/rocksdb_change.h"
 #include "memory_server/rocksdb_core.h"
 #include "memory_server/snapshot_files.h"
 
@@ -158,6 +159,8 @@ class RocksDbStore : public MemoryStore {
                                     std::span<const NewEntry> entries, bool wait) override {
     return With([&](RocksDbCore& c) { return c.PutLoad(tenant, load_id, entries, wait); });
   }
+  absl::StatusOr<std::unique_ptr<LoadPutter>> OpenLoadPutter(std::string_view tenant,
+                                                             std::string_view load_id) override;
   absl::StatusOr<DocumentPage> ListLoadedDocuments(std::string_view tenant,
                                                    std::string_view load_id, uint32_t page_size,
                                                    std::string_view page_token) override {
@@ -207,6 +210,8 @@ class RocksDbStore : public MemoryStore {
                              std::optional<uint64_t> backup_id) override;
 
  private:
+  class Putter;
+
   template <typename F>
   auto With(const F& f) -> decltype(f(std::declval<RocksDbCore&>())) {
     // The turnstile lets an exclusive holder in although readers overlap without end.
@@ -246,6 +251,105 @@ class RocksDbStore : public MemoryStore {
   bool stop_ = false;
   std::thread reopener_;
 };
+
+// The caller's thread makes batches ready, one of its own writes them.
+class RocksDbStore::Putter : public LoadPutter {
+ public:
+  Putter(RocksDbStore* store, std::string_view tenant, std::string_view load_id)
+      : store_(store), tenant_(tenant), load_id_(load_id), thread_([this] { Work(); }) {}
+  ~Putter() override {
+    {
+      std::lock_guard lock(mu_);
+      stop_ = true;
+    }
+    changed_.notify_all();
+    thread_.join();
+  }
+
+  absl::Status Put(std::shared_ptr<const std::vector<NewEntry>> entries) override {
+    Next& next = next_[turn_];
+    absl::Status prepared = store_->With([&](RocksDbCore& c) {
+      next.ready.build = true;
+      return c.PreparePutLoad(tenant_, load_id_, *entries, &next.ready);
+    });
+    next.entries = std::move(entries);
+    {
+      std::unique_lock lock(mu_);
+      changed_.wait(lock, [this] { return writing_ == nullptr; });
+      if (!status_.ok()) return status_;
+      if (!prepared.ok()) return status_ = prepared;
+      writing_ = &next;
+    }
+    changed_.notify_all();
+    turn_ = 1 - turn_;
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<PutResult> Finish(bool wait) override {
+    {
+      std::unique_lock lock(mu_);
+      changed_.wait(lock, [this] { return writing_ == nullptr; });
+      if (!status_.ok()) return status_;
+    }
+    if (wait) {
+      if (absl::Status s = store_->Sync(); !s.ok()) return s;
+    }
+    return result_;
+  }
+
+ private:
+  struct Next {
+    std::shared_ptr<const std::vector<NewEntry>> entries;
+    RocksDbCore::ReadyPut ready;
+  };
+
+  void Work() {
+    std::unique_lock lock(mu_);
+    for (;;) {
+      changed_.wait(lock, [this] { return writing_ != nullptr || stop_; });
+      if (writing_ == nullptr) return;
+      Next& next = *writing_;
+      lock.unlock();
+      absl::StatusOr<PutResult> put = store_->With([&](RocksDbCore& c) {
+        const std::weak_ptr<RocksDbCore> now = c.weak_from_this();
+        const std::weak_ptr<RocksDbCore>& then = next.ready.core;
+        // Made ready for a database that was replaced since, by a restore: from the beginning.
+        if (now.owner_before(then) || then.owner_before(now)) {
+          return c.PutLoad(tenant_, load_id_, *next.entries, /*wait=*/false);
+        }
+        return c.WritePutLoad(&next.ready);
+      });
+      lock.lock();
+      if (put.ok()) {
+        result_.entries += put->entries;
+        result_.new_records += put->new_records;
+      } else {
+        status_ = put.status();
+      }
+      writing_ = nullptr;
+      changed_.notify_all();
+    }
+  }
+
+  RocksDbStore* const store_;
+  const std::string tenant_, load_id_;
+  Next next_[2];  // one is made ready while the other may be written
+  int turn_ = 0;
+
+  std::mutex mu_;
+  std::condition_variable changed_;
+  Next* writing_ = nullptr;
+  absl::Status status_;  // what went wrong first
+  PutResult result_;
+  bool stop_ = false;
+  std::thread thread_;  // last: it uses the rest
+};
+
+absl::StatusOr<std::unique_ptr<LoadPutter>> RocksDbStore::OpenLoadPutter(std::string_view tenant,
+                                                                         std::string_view load_id) {
+  if (absl::StatusOr<LoadInfo> load = GetLoad(tenant, load_id); !load.ok()) return load.status();
+  return std::make_unique<Putter>(this, tenant, load_id);
+}
 
 // Some failures of the disk RocksDB gets over only by being opened again.
 void RocksDbStore::ReopenLoop() {

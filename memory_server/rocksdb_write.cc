@@ -201,30 +201,41 @@ bool RocksDbCore::HasOpenAppend(const KnowledgeBase& kb) const {
   return false;
 }
 
-// Puts the rows of a batch's entries into a segment; rows they replace there are gone already. In
-// two passes, each in the order of its keys: a memtable takes sorted keys faster.
-absl::Status RocksDbCore::PutEntries(const KnowledgeBase& kb, const std::string& segment_prefix,
-                                     uint64_t segment, const Batch& batch,
-                                     const std::vector<bool>& replaced, Change* change,
-                                     uint64_t* new_records) {
-  rocksdb::WriteBatch& out = change->batch;
-  std::vector<uint64_t> record_bytes(batch.entries.size());
-  const RecordId* before = nullptr;
-  // A record that is not there costs a look at a filter; one that is, less than writing it again.
+std::vector<std::string> RocksDbCore::RecordKeysOf(const KnowledgeBase& kb, const Batch& batch) {
   std::vector<std::string> keys;
+  keys.reserve(batch.entries.size());
+  const RecordId* before = nullptr;
   for (uint32_t i : batch.by_record) {
     const RecordId& id = batch.entries[i].entry->record_id;
     if (before == nullptr || *before != id) keys.push_back(RecordKey(kb, id));
     before = &id;
   }
-  std::vector<std::optional<uint64_t>> held(keys.size());  // bytes of those that are
+  return keys;
+}
+
+// A record that is not there costs a look at a filter; one that is, less than writing it again.
+absl::StatusOr<RocksDbCore::HeldBytes> RocksDbCore::LookUpRecords(
+    std::span<const std::string> keys) const {
+  HeldBytes held(keys.size());
   absl::Status looked =
       db_->GetEach(kRecords, keys, [&](size_t at, const rocksdb::PinnableSlice* there) {
         if (there != nullptr) held[at] = there->size();
         return absl::OkStatus();
       });
   if (!looked.ok()) return looked;
-  before = nullptr;
+  return held;
+}
+
+// Puts the rows of a batch's entries into a segment; rows they replace there are gone already. In
+// two passes, each in the order of its keys: a memtable takes sorted keys faster.
+absl::Status RocksDbCore::PutEntries(const KnowledgeBase& kb, const std::string& segment_prefix,
+                                     uint64_t segment, const Batch& batch,
+                                     std::span<const std::string> record_keys,
+                                     const HeldBytes& held, const std::vector<bool>& replaced,
+                                     Change* change, uint64_t* new_records) const {
+  rocksdb::WriteBatch& out = change->batch;
+  std::vector<uint64_t> record_bytes(batch.entries.size());
+  const RecordId* before = nullptr;
   size_t distinct = 0;
   uint64_t bytes = 0;
   for (uint32_t i : batch.by_record) {
@@ -238,8 +249,8 @@ absl::Status RocksDbCore::PutEntries(const KnowledgeBase& kb, const std::string&
         bytes = *held[at];
       } else if (given != batch.records.end()) {
         bytes = given->second.size();
-        out.Put(db_->family(kRecords), keys[at], ToSlice(given->second));
-        change->new_records.insert(e.record_id);
+        out.Put(db_->family(kRecords), record_keys[at], ToSlice(given->second));
+        if (change->track) change->new_records.insert(e.record_id);
         ++*new_records;
       } else {
         return absl::NotFoundError(Message("entry (\"", e.source.document_id, "\", ",
@@ -547,8 +558,11 @@ absl::StatusOr<PutResult> RocksDbCore::Put(std::string_view tenant, std::string_
         ++change.entries;
       }
     }
-    if (absl::Status s =
-            PutEntries(kb, top_prefix, top.id, *batch, replaced, &change, &result.new_records);
+    const std::vector<std::string> record_keys = RecordKeysOf(kb, *batch);
+    absl::StatusOr<HeldBytes> held = LookUpRecords(record_keys);
+    if (!held.ok()) return held.status();
+    if (absl::Status s = PutEntries(kb, top_prefix, top.id, *batch, record_keys, *held, replaced,
+                                    &change, &result.new_records);
         !s.ok()) {
       return s;
     }

@@ -263,10 +263,17 @@ absl::Status MemoryServiceImpl::TakeEntries(const Identity& who, grpc::ServerCon
   }
   *load_id = header.load_id();
   const bool wait = !header.has_wait() || header.wait();
-  PutStream stream([&](std::span<const NewEntry> entries) -> absl::Status {
+  std::unique_ptr<LoadPutter> putter;
+  if (into_load) {
+    absl::StatusOr<std::unique_ptr<LoadPutter>> opened =
+        store_->OpenLoadPutter(who.tenant, header.load_id());
+    if (!opened.ok()) return opened.status();
+    putter = *std::move(opened);
+  }
+  PutStream stream([&](std::shared_ptr<const std::vector<NewEntry>> entries) -> absl::Status {
+    if (putter != nullptr) return putter->Put(std::move(entries));
     const absl::StatusOr<PutResult> put =
-        into_load ? store_->PutLoad(who.tenant, header.load_id(), entries, /*wait=*/false)
-                  : store_->Put(who.tenant, header.knowledge_base(), entries, /*wait=*/false);
+        store_->Put(who.tenant, header.knowledge_base(), *entries, /*wait=*/false);
     if (!put.ok()) return put.status();
     result->entries += put->entries;
     result->new_records += put->new_records;
@@ -276,7 +283,10 @@ absl::Status MemoryServiceImpl::TakeEntries(const Identity& who, grpc::ServerCon
   // Not the end of the stream but of its client: what waits for a full batch is not put any more.
   if (context->IsCancelled()) return absl::CancelledError("the client went away");
   RETURN_IF_ERROR(stream.Finish());
-  return wait ? store_->Sync() : absl::OkStatus();
+  if (putter == nullptr) return wait ? store_->Sync() : absl::OkStatus();
+  const absl::StatusOr<PutResult> put = putter->Finish(wait);
+  if (put.ok()) *result = *put;
+  return put.status();
 }
 
 grpc::Status MemoryServiceImpl::Put(grpc::ServerContext* context,

@@ -85,8 +85,18 @@ absl::Status Execute(MemoryStore* store, const Operation& op) {
     }
     case Operation::kBeginLoad:
       return absl::OkStatus();
-    case Operation::kPutLoad:
-      return store->PutLoad("default", load_id, entries, op.wait).status();
+    case Operation::kPutLoad: {
+      if (op.wait) return store->PutLoad("default", load_id, entries, true).status();
+      // In two batches, one behind the other, as a stream of many would.
+      absl::StatusOr<std::unique_ptr<LoadPutter>> putter =
+          store->OpenLoadPutter("default", load_id);
+      if (!putter.ok()) return putter.status();
+      const auto middle = entries.begin() + static_cast<ptrdiff_t>(entries.size() / 2);
+      using Entries = const std::vector<NewEntry>;
+      (void)(*putter)->Put(std::make_shared<Entries>(entries.begin(), middle));
+      (void)(*putter)->Put(std::make_shared<Entries>(middle, entries.end()));
+      return (*putter)->Finish(false).status();
+    }
     case Operation::kCommitLoad: {
       absl::StatusOr<LoadInfo> info = store->CommitLoad("default", load_id, true);
       if (!info.ok()) return info.status();

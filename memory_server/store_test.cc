@@ -270,6 +270,54 @@ TEST_F(StoreTest, LoadsKeepTheirKeyStateAndProgress) {
   EXPECT_CODE(store_->GetLoad("default", "load-1").status(), kNotFound, "load-1");
 }
 
+// Batches that follow each other: new, replacing what the batch before put, without bytes the store
+// holds, across a restore; and one that fails ends it.
+TEST_F(StoreTest, BatchesOfALoadAreWrittenOneBehindTheOther) {
+  const std::string id =
+      store_->BeginLoad("default", "kb", "k", LoadMode::kAppend, std::nullopt)->load.load_id;
+  std::vector<std::unique_ptr<OwnedEntry>> owned;
+  const auto batch = [&](std::vector<std::pair<int, uint64_t>> numbers, bool bytes = true) {
+    auto entries = std::make_shared<std::vector<NewEntry>>();
+    for (const auto& [ordinal, n] : numbers) {
+      owned.push_back(MakeEntry("doc", ordinal, n));
+      if (!bytes) owned.back()->entry.record = {};
+      entries->push_back(owned.back()->entry);
+    }
+    return entries;
+  };
+  ASSERT_TRUE(store_->CreateSnapshot("begun").ok());
+  auto putter = *store_->OpenLoadPutter("default", id);
+  EXPECT_TRUE(putter->Put(batch({{0, 10}, {1, 11}, {2, 12}})).ok());
+  EXPECT_TRUE(putter->Put(batch({{3, 13}, {1, 21}})).ok());
+  EXPECT_TRUE(putter->Put(batch({{4, 10}, {5, 13}}, /*bytes=*/false)).ok());
+  absl::StatusOr<PutResult> put = putter->Finish(true);
+  ASSERT_TRUE(put.ok()) << put.status();
+  EXPECT_EQ(put->entries, 6);
+  EXPECT_EQ(put->new_records, 5);
+  EXPECT_EQ(store_->GetLoad("default", id)->entries, 6);
+
+  // The restore takes away what was put, also the bytes of 12; what comes then is put anew.
+  ASSERT_TRUE(store_->RestoreSnapshot("begun").ok());
+  EXPECT_TRUE(putter->Put(batch({{0, 30}})).ok());
+  EXPECT_TRUE(putter->Put(batch({{1, 31}})).ok());
+  ASSERT_TRUE(putter->Finish(true).ok());
+  EXPECT_EQ(store_->GetLoad("default", id)->entries, 2);
+
+  (void)putter->Put(batch({{2, 12}}, /*bytes=*/false));
+  EXPECT_CODE(putter->Put(batch({{3, 33}})), kNotFound, "is not held");
+  EXPECT_CODE(putter->Put(batch({{3, 33}})), kNotFound, "is not held");
+  EXPECT_CODE(putter->Finish(true).status(), kNotFound, "is not held");
+  putter = nullptr;
+  EXPECT_EQ(store_->CommitLoad("default", id, true)->state, LoadState::kCommitted);
+  EXPECT_EQ(*store_->Count("default", "kb"), (Counts{2, 2, 1}));
+  EXPECT_EQ(Ask(MakeVector(31))->at(0).record_id, MakeId(31));
+
+  putter = *store_->OpenLoadPutter("default", id);
+  (void)putter->Put(batch({{9, 39}}));
+  EXPECT_CODE(putter->Finish(false).status(), kPrecondition, "COMMITTED");
+  EXPECT_CODE(store_->OpenLoadPutter("default", "load-1").status(), kNotFound, "load-1");
+}
+
 TEST_F(StoreTest, ReplaceRefusesLiveChangesAndRollbackReturns) {
   auto e = MakeEntry("old", 0, 1);
   ASSERT_TRUE(PutOne(*e).ok());
