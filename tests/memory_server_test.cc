@@ -595,7 +595,8 @@ TEST_F(MemoryServerTest, StartsOrSaysInOneLineWhyNot) {
                        {"--data", Path("data3"), "--api_keys", Path("missing.json")});
   EXPECT_EQ(no_keys.Wait(), 1);
   EXPECT_THAT(no_keys.output(), HasSubstr("missing.json"));
-  ChildProcess no_data("memory_server", {});
+  // The tests' own MEMORY3_DATA would be --data to it.
+  ChildProcess no_data("memory_server", {}, {{"MEMORY3_DATA", ""}});
   EXPECT_NE(no_data.Wait(), 0);
   EXPECT_THAT(no_data.output(), HasSubstr("--data"));
 }
