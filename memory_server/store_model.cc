@@ -87,14 +87,15 @@ absl::Status Execute(MemoryStore* store, const Operation& op) {
       return absl::OkStatus();
     case Operation::kPutLoad: {
       if (op.wait) return store->PutLoad("default", load_id, entries, true).status();
-      // In two batches, one behind the other, as a stream of many would.
+      // The same batch twice: the second is made ready while the first is written, and finds all of
+      // it there. So the whole is there or nothing, also after a kill.
       absl::StatusOr<std::unique_ptr<LoadPutter>> putter =
           store->OpenLoadPutter("default", load_id);
       if (!putter.ok()) return putter.status();
-      const auto middle = entries.begin() + static_cast<ptrdiff_t>(entries.size() / 2);
-      using Entries = const std::vector<NewEntry>;
-      (void)(*putter)->Put(std::make_shared<Entries>(entries.begin(), middle));
-      (void)(*putter)->Put(std::make_shared<Entries>(middle, entries.end()));
+      const auto batch = std::make_shared<const std::vector<NewEntry>>(entries);
+      for (int i = 0; i < 2; ++i) {
+        if (absl::Status put = (*putter)->Put(batch); !put.ok()) return put;
+      }
       return (*putter)->Finish(false).status();
     }
     case Operation::kCommitLoad: {
