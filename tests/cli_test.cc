@@ -196,41 +196,5 @@ TEST_F(CliTest, CompletionKnowsCommandsFlagsAndKnowledgeBases) {
   EXPECT_EQ(complete("kb drop --y"), "--yes\n");
 }
 
-// A store on a disk too small for what is loaded: one line that says so, and nothing is published.
-TEST(CliDiskTest, AFullDiskIsNamedAndNothingIsHalfThere) {
-  const std::filesystem::path directory =
-      std::filesystem::path(::testing::TempDir()) / absl::StrCat("cli_disk_test_", getpid());
-  std::filesystem::create_directories(directory);
-  const std::filesystem::path server =
-      std::filesystem::read_symlink("/proc/self/exe").parent_path() / "../bin/memory_server";
-  // In a mount namespace of its own, which takes the disk along when the server ends.
-  ChildProcess disk(
-      "/usr/bin/unshare",
-      {getuid() == 0 ? "-m" : "-rm", "sh", "-c",
-       absl::StrCat("mount -t tmpfs -o size=8m tmpfs ", directory.string(),
-                    " || { echo NO MOUNT; exit 1; }; exec ", server.string(), " --data ",
-                    (directory / "data").string(), " --listen 127.0.0.1:0")});
-  const std::optional<std::string> port = disk.WaitForLine(R"(gRPC on port (\d+))");
-  if (!port && disk.output().find("NO MOUNT") != std::string::npos) {
-    GTEST_SKIP() << "no file system can be mounted here: " << disk.output();
-  }
-  ASSERT_TRUE(port) << disk.output();
-  const std::string address = "127.0.0.1:" + *port;
-  std::vector<std::string> load = {"load",  "elements", "--memory_server",
-                                   address, "--model",  "models/tiny"};
-  for (const auto& file : std::filesystem::directory_iterator("demo/knowledge"))
-    load.push_back(file.path().string());
-  ChildProcess loading("memory3", load);
-  EXPECT_EQ(loading.Wait(std::chrono::seconds(180)), 4);
-  const std::vector<std::string> lines =
-      absl::StrSplit(loading.output(), absl::ByAnyChar("\r\n"), absl::SkipEmpty());
-  EXPECT_THAT(lines.back(), AllOf(HasSubstr("memory3: "), HasSubstr("the disk is full")));
-  const Ran list = RunCli({"--json", "kb", "list", "--memory_server", address});
-  EXPECT_EQ(list.code, 0) << list.output;
-  for (const auto& base : nlohmann::json::parse(list.output)["knowledge_bases"])
-    EXPECT_EQ(base["entries"], "0");
-  std::filesystem::remove_all(directory);
-}
-
 }  // namespace
 }  // namespace memory3
